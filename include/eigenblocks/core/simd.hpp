@@ -1,0 +1,240 @@
+// The packet layer: what kernels and user-written lane functors compute with.
+//
+// A packet is Eigen's register type for a scalar S: Packet<S>, kLanes<S> lanes wide (16 / 8 / 4 floats with AVX-512 /
+// AVX2 / SSE or NEON, 1 with EIGEN_DONT_VECTORIZE, where Packet<float> is float itself).  The functions below work on
+// packets and on plain scalars alike, so one source serves every target, float and double, Eigen 3.4 and 5.
+//
+//   load store set1 zero iota          memory and constants (unaligned)
+//   + - * / are add sub mul div;  fma(a, b, c) = a b + c
+//   max min abs select(mask, a, b) less(a, b) less_equal(a, b) mask_and mask_or mask_any
+//   exp2 exp                           own polynomials, see the contracts
+//   sum max_lane                       across the lanes
+//   keep_in_register(p)                stops g++ from folding the load of p into each use (see below)
+//
+// Why own exponentials: Eigen 3.4's exp(-inf) is 2.9e-39, not 0, so masked entries would leak; and these are 2x faster.
+// Contracts (|x| anywhere; tests walk them):
+//   exp2   float <= 1.5 ulp, double <= 1.5 ulp where the result is a normal number; below that 0 or a subnormal;
+//          exp2(-inf) = 0, exp2(0) = 1; NaN stays NaN.  Requires x < 128 (float), x < 1024 (double): kernels call it with x <= 0.
+//   exp    the same for every x; overflow gives inf.
+#pragma once
+
+#include <eigenblocks/core/types.hpp>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+EIGENBLOCKS_NAMESPACE_BEGIN
+
+namespace simd {
+
+namespace ei = Eigen::internal;
+
+template <RealScalar S>
+using Packet = typename ei::packet_traits<S>::type;
+template <class P>
+using lane_t = typename ei::unpacket_traits<P>::type;
+template <RealScalar S>
+inline constexpr int kLanes = int(ei::unpacket_traits<Packet<S>>::size);
+template <class P>
+inline constexpr int kPacketSize = int(ei::unpacket_traits<P>::size);
+
+#define EIGENBLOCKS_SIMD template <class P> EIGENBLOCKS_ALWAYS_INLINE
+
+EIGENBLOCKS_SIMD P load(const lane_t<P>* from) { return ei::ploadu<P>(from); }
+EIGENBLOCKS_SIMD void store(lane_t<P>* to, const P& p) { ei::pstoreu<lane_t<P>>(to, p); }
+EIGENBLOCKS_SIMD P set1(lane_t<P> value) { return ei::pset1<P>(value); }
+EIGENBLOCKS_SIMD P zero() { return ei::pset1<P>(lane_t<P>(0)); }
+/// first, first + 1, ...
+EIGENBLOCKS_SIMD P iota(lane_t<P> first) { return ei::plset<P>(first); }
+
+EIGENBLOCKS_SIMD P add(const P& a, const P& b) { return ei::padd(a, b); }
+EIGENBLOCKS_SIMD P sub(const P& a, const P& b) { return ei::psub(a, b); }
+EIGENBLOCKS_SIMD P mul(const P& a, const P& b) { return ei::pmul(a, b); }
+EIGENBLOCKS_SIMD P div(const P& a, const P& b) { return ei::pdiv(a, b); }
+EIGENBLOCKS_SIMD P neg(const P& a) { return ei::pnegate(a); }
+EIGENBLOCKS_SIMD P fma(const P& a, const P& b, const P& c) { return ei::pmadd(a, b, c); }
+EIGENBLOCKS_SIMD P max(const P& a, const P& b) { return ei::pmax(a, b); }
+EIGENBLOCKS_SIMD P min(const P& a, const P& b) { return ei::pmin(a, b); }
+EIGENBLOCKS_SIMD P abs(const P& a) { return ei::pabs(a); }
+EIGENBLOCKS_SIMD P sqrt(const P& a) { return ei::psqrt(a); }
+
+/// Masks are packets with all bits of a lane set or clear; combine them with mask_and / mask_or, use them in select.
+EIGENBLOCKS_SIMD P less(const P& a, const P& b) { return ei::pcmp_lt(a, b); }
+EIGENBLOCKS_SIMD P less_equal(const P& a, const P& b) { return ei::pcmp_le(a, b); }
+EIGENBLOCKS_SIMD P equal(const P& a, const P& b) { return ei::pcmp_eq(a, b); }
+EIGENBLOCKS_SIMD P mask_and(const P& a, const P& b) { return ei::pand(a, b); }
+EIGENBLOCKS_SIMD P mask_or(const P& a, const P& b) { return ei::por(a, b); }
+/// mask ? a : b, lane by lane.
+EIGENBLOCKS_SIMD P select(const P& mask, const P& a, const P& b) {
+  if constexpr (std::is_arithmetic_v<P>) {
+    return std::bit_cast<std::conditional_t<sizeof(P) == 4, std::uint32_t, std::uint64_t>>(mask) != 0
+               ? a
+               : b;
+  } else {
+    return ei::pselect(mask, a, b);
+  }
+}
+
+EIGENBLOCKS_SIMD lane_t<P> sum(const P& a) { return ei::predux(a); }
+EIGENBLOCKS_SIMD lane_t<P> max_lane(const P& a) { return ei::predux_max(a); }
+
+/// Keeps a loaded packet in a register.  With -mtune=znver3 and the like, g++ 12 folds the load into every fused
+/// multiply-add that uses it, which makes register-blocked kernels load-bound (a third slower).  Costs nothing.
+EIGENBLOCKS_SIMD void keep_in_register(P& p) {
+#if (defined(__GNUC__) || defined(__clang__)) && (defined(__x86_64__) || defined(__i386__)) && \
+    defined(__SSE2__)
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(p));
+#else
+  __asm__("" : "+x"(p));
+#endif
+#elif (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__)
+  __asm__("" : "+w"(p));
+#else
+  (void)p;
+#endif
+}
+
+/// Polynomial c[0] + c[1] x + ... by Horner's rule.
+template <class P, class C, std::size_t N>
+EIGENBLOCKS_ALWAYS_INLINE P horner(const C (&c)[N], const P& x) {
+  P y = set1<P>(static_cast<lane_t<P>>(c[N - 1]));
+  for (std::size_t i = N - 1; i-- > 0;) y = fma(y, x, set1<P>(static_cast<lane_t<P>>(c[i])));
+  return y;
+}
+
+namespace detail {
+
+template <class S>
+struct Bits;
+template <>
+struct Bits<float> {
+  using Int = std::int32_t;
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+};
+template <>
+struct Bits<double> {
+  using Int = std::int64_t;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+};
+
+/// Adds (the integer in the low bits of `rounded`) * 2^mantissa to the bits of p: p times 2^n while that is normal.
+template <class P>
+EIGENBLOCKS_ALWAYS_INLINE P add_exponent(const P& p, const P& rounded) {
+  using B = Bits<lane_t<P>>;
+  using Int = typename B::Int;
+  using Unsigned = std::make_unsigned_t<Int>;
+  if constexpr (std::is_arithmetic_v<P>) {
+    return std::bit_cast<P>(static_cast<Unsigned>(std::bit_cast<Unsigned>(p) +
+                                                  (std::bit_cast<Unsigned>(rounded) << B::kMantissa)));
+  } else {
+    typedef Unsigned IntVector __attribute__((vector_size(sizeof(P))));
+    return std::bit_cast<P>(std::bit_cast<IntVector>(p) +
+                            (std::bit_cast<IntVector>(rounded) << B::kMantissa));
+  }
+}
+
+/// 2^r on |r| <= 1/2, minimax in relative error: 2.6e-9 (float, degree 6), 1.2e-17 (double, degree 11).
+template <class P>
+EIGENBLOCKS_ALWAYS_INLINE P exp2_fraction(const P& r) {
+  if constexpr (std::is_same_v<lane_t<P>, float>) {
+    constexpr float c[] = {1.0f,           0.693147214968f,  0.240226527829f,   0.0555031055101f,
+                           0.00961769297f, 0.00134066439024f, 0.000155946781613f};
+    return horner(c, r);
+  } else {
+    constexpr double c[] = {1.0,
+                            0.69314718055994531326,
+                            0.24022650695910097011,
+                            0.055504108664820820631,
+                            0.0096181291076075350845,
+                            0.0013333558146665668694,
+                            0.00015403530440803220178,
+                            0.000015252733550335066941,
+                            1.3215443086113030386e-6,
+                            1.0178190533582399774e-7,
+                            7.0724972909485472779e-9,
+                            4.4344272102887541846e-10};
+    return horner(c, r);
+  }
+}
+
+/// (e^r - 1 - r) / r^2 on |r| <= log(2)/2; times r^2 the error is 7.5e-9 (float), 1.2e-17 (double).
+template <class P>
+EIGENBLOCKS_ALWAYS_INLINE P exp_tail(const P& r) {
+  if constexpr (std::is_same_v<lane_t<P>, float>) {
+    constexpr float c[] = {0.500000002693f, 0.16666577006f, 0.041666375249f, 0.00836317525547f,
+                           0.00139411136637f};
+    return horner(c, r);
+  } else {
+    constexpr double c[] = {0.50000000000000010212,   0.16666666666666674523,
+                            0.041666666666624157875,  0.0083333333333222152106,
+                            0.001388888891719838631,  0.00019841269886566398025,
+                            0.00002480152132015615238, 2.7557242364849317814e-6,
+                            2.7620076799169896683e-7, 2.5110039179932520501e-8};
+    return horner(c, r);
+  }
+}
+
+/// Splits x = n log 2 + r; returns r, leaves n + kRound in `rounded` (n in its low bits).
+template <class P>
+EIGENBLOCKS_ALWAYS_INLINE P reduce_log2(const P& x, P& rounded, P& n) {
+  using S = lane_t<P>;
+  constexpr bool single = std::is_same_v<S, float>;
+  constexpr S high = single ? S(0.693359375) : S(0.693147180369123816490);
+  constexpr S low = single ? S(-2.12194440e-4) : S(1.90821492927058770002e-10);
+  rounded = fma(x, set1<P>(S(1.44269504088896340736)), set1<P>(Bits<S>::kRound));
+  n = sub(rounded, set1<P>(Bits<S>::kRound));
+  const P r = fma(n, set1<P>(-high), x);
+  return fma(n, set1<P>(-low), r);
+}
+
+}  // namespace detail
+
+/// 2^x for x below the overflow limit (kernels: x <= 0); see the contract at the top.
+EIGENBLOCKS_SIMD P exp2(const P& x) {
+  using S = lane_t<P>;
+  using B = detail::Bits<S>;
+#if defined(__AVX512F__) && !defined(EIGEN_DONT_VECTORIZE)
+  // (the maskz forms with a full mask are the plain instructions; g++ 12 warns about its own plain intrinsics)
+  if constexpr (sizeof(P) == 64 && std::is_same_v<S, float>) {  // scalef has every limit built in
+    const __m512 n = _mm512_maskz_roundscale_ps(0xFFFF, x, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_maskz_scalef_ps(0xFFFF, detail::exp2_fraction<P>(_mm512_sub_ps(x, n)), n);
+  }
+  if constexpr (sizeof(P) == 64 && std::is_same_v<S, double>) {
+    const __m512d n = _mm512_maskz_roundscale_pd(0xFF, x, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_maskz_scalef_pd(0xFF, detail::exp2_fraction<P>(_mm512_sub_pd(x, n)), n);
+  }
+#endif
+  const P rounded = add(x, set1<P>(B::kRound));
+  const P r = sub(x, sub(rounded, set1<P>(B::kRound)));
+  // 2^n as a number: 1.0 with n added to its exponent; the product keeps NaN whatever its payload.
+  const P power = detail::add_exponent(set1<P>(S(1)), rounded);
+  const P y = mul(detail::exp2_fraction(r), power);
+  return select(less(x, set1<P>(S(1 - B::kBias))), zero<P>(), y);
+}
+
+/// e^x; see the contract at the top.
+EIGENBLOCKS_SIMD P exp(const P& x) {
+  using S = lane_t<P>;
+  P rounded, n;
+  const P r = detail::reduce_log2(x, rounded, n);
+  const P p = add(set1<P>(S(1)), fma(mul(r, r), detail::exp_tail(r), r));
+  constexpr bool single = std::is_same_v<S, float>;
+  const P low = set1<P>(single ? S(-87.3365478515625) : S(-708.39641853226408));   // log of the smallest normal
+  const P high = set1<P>(single ? S(88.722839355468750) : S(709.78271289338397));  // log of the largest
+  P y = detail::add_exponent(p, rounded);
+  y = select(less(x, low), zero<P>(), y);
+  y = select(less(high, x), set1<P>(std::numeric_limits<S>::infinity()), y);
+  return select(equal(x, x), y, x);
+}
+
+#undef EIGENBLOCKS_SIMD
+
+}  // namespace simd
+
+EIGENBLOCKS_NAMESPACE_END

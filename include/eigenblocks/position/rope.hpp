@@ -1,0 +1,462 @@
+// Rotary position embedding (RoPE) along one axis: RoFormer, arXiv 2104.09864; posts kexue.fm 8265 and 10040.
+//
+// The first R channels of each head form R/2 pairs; at position n pair p turns by n f_p:
+//
+//   y_a = a (x_a cos(n f_p) - x_b sin(n f_p))       a = attention_factor, 1 unless YaRN or LongRoPE set it
+//   y_b = a (x_a sin(n f_p) + x_b cos(n f_p))       <R_m q, R_n k> depends on m - n only
+//
+// Channels R .. D-1 of a head pass through (partial rotary).  There are two ways to form the pairs; checkpoints of one
+// are garbage in the other, so the layout has no default:
+//
+//   RopeLayout::interleaved   pair p = channels (2p, 2p+1)     RoFormer, GPT-J, Meta's Llama, DeepSeek
+//   RopeLayout::half          pair p = channels (p, p + R/2)   transformers' Llama, NeoX, Qwen
+//
+//   const RotaryTable<float> table(rope_frequencies(64), RopeLayout::half);
+//   rope_in_place(q, first_position, table, {.heads = 8});       // q: T x (8*D), rows at first_position, +1, ...
+//   rope_in_place(k, first_position, table, {.heads = 2});
+//   rope_backward_in_place(dq, first_position, table, {.heads = 8});
+//
+//   RotaryTable              cos and sin, by two small tables, for any position
+//   rope_forward, rope_in_place, rope             rotate
+//   rope_backward, rope_backward_in_place         the transposed rotation of dy; nothing is saved but positions
+//   rope_position_backward   dL/dn
+//   rope_convert_layout      interleaved <-> half, for activations, weights, biases, gains
+//
+// One row of cosines serves all heads of a token: positions run outside, heads inside, one pass over memory.
+// A row at position 0 is left bitwise unchanged when a = 1.  Every other row depends only on its position and its
+// content, not on the table's size, the other rows, the chunking or the number of threads.
+// 16-bit activations use RotaryTable<float>: angles in double, arithmetic in float, one rounding at the store.
+#pragma once
+
+#include <eigenblocks/core/error.hpp>
+#include <eigenblocks/core/parallel.hpp>
+#include <eigenblocks/core/simd.hpp>
+#include <eigenblocks/core/types.hpp>
+#include <eigenblocks/position/frequencies.hpp>
+
+#include <algorithm>
+#include <complex>
+#include <type_traits>
+#include <utility>
+
+EIGENBLOCKS_NAMESPACE_BEGIN
+
+enum class RopeLayout { interleaved, half };
+
+/// How a row of activations is cut.  A head has D = cols / heads channels, of which [first_channel, first_channel + R)
+/// rotate; MLA queries [nope | rope] have first_channel = D - R.
+struct RopeOptions {
+  Index heads = 0;  ///< no default: a forgotten head count would rotate the first head only
+  Index first_channel = 0;
+};
+
+namespace detail {
+
+inline constexpr Index kRopeTableRows = 256;   // B: the rows of the fine table
+inline constexpr Index kMaxRotaryDim = 2048;   // rows of cos and sin are put together on the stack
+
+inline void require_layout(const char* name, RopeLayout layout) {
+  require(layout == RopeLayout::interleaved || layout == RopeLayout::half, name, " (", layout,
+          ") must be interleaved (", RopeLayout::interleaved, ") or half (", RopeLayout::half, ")");
+}
+
+/// Turns (x_a, x_b) by (c, s), or back for kTranspose.  For packets and scalars.
+template <bool kTranspose, class P>
+EIGENBLOCKS_ALWAYS_INLINE void turn(const P& x_a, const P& x_b, const P& c, const P& s, P& y_a, P& y_b) {
+  if constexpr (kTranspose) {
+    y_a = simd::fma(x_a, c, simd::mul(x_b, s));
+    y_b = simd::sub(simd::mul(x_b, c), simd::mul(x_a, s));
+  } else {
+    y_a = simd::sub(simd::mul(x_a, c), simd::mul(x_b, s));
+    y_b = simd::fma(x_a, s, simd::mul(x_b, c));
+  }
+}
+
+/// Pairs [p, pairs) of layout `half` as long as they fill a packet P, then the rest in smaller packets.
+/// P is passed as a (null) pointer: g++ warns about vector types that are spelled as template arguments.
+template <bool kTranspose, class P, class S>
+EIGENBLOCKS_ALWAYS_INLINE void turn_halves(const P*, const S* x, const S* row, S* y, Index pairs,
+                                           Index p = 0) {
+  constexpr Index kSize = simd::kPacketSize<P>;
+  for (; p + kSize <= pairs; p += kSize) {
+    P y_a, y_b;
+    turn<kTranspose>(simd::load<P>(x + p), simd::load<P>(x + pairs + p), simd::load<P>(row + p),
+                     simd::load<P>(row + pairs + p), y_a, y_b);
+    simd::store<P>(y + p, y_a);
+    simd::store<P>(y + pairs + p, y_b);
+  }
+  if constexpr (kSize > 1) {
+    using Half = typename simd::ei::unpacket_traits<P>::half;
+    if constexpr (sizeof(Half) < sizeof(P)) {
+      turn_halves<kTranspose>(static_cast<const Half*>(nullptr), x, row, y, pairs, p);
+    } else {
+      turn_halves<kTranspose>(static_cast<const S*>(nullptr), x, row, y, pairs, p);
+    }
+  }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 about the insides of its AVX-512 intrinsics
+#endif
+
+/// The same for `interleaved`, where a pair is a complex number and the rotation its product with c + i s (c - i s).
+/// P is a packet of complex numbers: Eigen knows the lane swaps of each instruction set.
+template <bool kTranspose, class P, class S>
+EIGENBLOCKS_ALWAYS_INLINE void turn_interleaved(const P*, const S* x, const S* row, S* y, Index pairs,
+                                                Index p = 0) {
+  using Complex = std::complex<S>;
+  if constexpr (!std::is_same_v<P, Complex>) {
+    constexpr Index kSize = simd::kPacketSize<P>;
+    for (; p + kSize <= pairs; p += kSize) {
+      P turn_by = simd::ei::ploadu<P>(reinterpret_cast<const Complex*>(row + 2 * p));
+      if constexpr (kTranspose) turn_by = simd::ei::pconj(turn_by);
+      simd::ei::pstoreu(reinterpret_cast<Complex*>(y + 2 * p),
+                        simd::ei::pmul(turn_by, simd::ei::ploadu<P>(reinterpret_cast<const Complex*>(x + 2 * p))));
+    }
+    using Half = typename simd::ei::unpacket_traits<P>::half;
+    if constexpr (sizeof(Half) < sizeof(P)) {
+      turn_interleaved<kTranspose>(static_cast<const Half*>(nullptr), x, row, y, pairs, p);
+      return;
+    }
+  }
+  for (; p < pairs; ++p) {
+    S y_a, y_b;
+    turn<kTranspose>(x[2 * p], x[2 * p + 1], row[2 * p], row[2 * p + 1], y_a, y_b);
+    y[2 * p] = y_a;
+    y[2 * p + 1] = y_b;
+  }
+}
+
+template <class From, class To>
+EIGENBLOCKS_ALWAYS_INLINE void convert_channels(const From* from, To* to, Index count) {
+  Eigen::Map<RowVector<To>>(to, count) =
+      Eigen::Map<const RowVector<From>>(from, count).template cast<To>();
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+/// y = x turned by `row`, whose cos and sin stand where the channels a and b of their pair stand in x.  y may be x.
+template <bool kTranspose, RopeLayout kLayout, class S>
+EIGENBLOCKS_ALWAYS_INLINE void turn_channels(const S* x, const S* row, S* y, Index pairs) {
+  if constexpr (kLayout == RopeLayout::half) {
+    turn_halves<kTranspose>(static_cast<const simd::Packet<S>*>(nullptr), x, row, y, pairs);
+  } else {
+    using P = typename simd::ei::packet_traits<std::complex<S>>::type;
+    turn_interleaved<kTranspose>(static_cast<const P*>(nullptr), x, row, y, pairs);
+  }
+}
+
+}  // namespace detail
+
+/// cos(n f_p) and sin(n f_p) for any position n, from two small tables: n = 256 h + l, and the row of n is the row of l
+/// turned by the row of 256 h (one complex product per pair and token).  Both tables are computed in double and rounded
+/// once; a float row is within 1.74e-7 of the truth (1.33e-7 measured), a double row within 4.5e-16, however large n is.
+///
+///   positions   integer positions [0, positions) are served by the tables; memory (256 + positions/256) R scalars.
+///               Integers outside cost R/2 sines more for each run of 256 of them, with the same result bit for bit.
+///   Real positions take R/2 sines each.
+///
+/// A row has R scalars, arranged like the channels it turns (`half`: cos | sin; `interleaved`: cos, sin, cos, sin, ...).
+/// Immutable after construction: threads share it.
+/// Errors: an unknown layout; R above 2048; positions < 0; inv_freq empty or not finite; attention_factor not positive.
+template <RealScalar S>
+class RotaryTable {
+ public:
+  RotaryTable(RotaryFrequencies frequencies, RopeLayout layout, Index positions = 65536)
+      : frequencies_(std::move(frequencies)), layout_(layout) {
+    detail::require_frequencies(frequencies_);
+    detail::require_layout("layout", layout);
+    detail::require(rotary_dim() <= detail::kMaxRotaryDim, "rotary_dim (", rotary_dim(),
+                    ") must be at most ", detail::kMaxRotaryDim);
+    detail::require(positions >= 0, "positions (", positions, ") must not be negative");
+    fine_.resize(detail::kRopeTableRows, rotary_dim());
+    for (Index l = 0; l < fine_.rows(); ++l) {
+      compute_row(static_cast<double>(l), frequencies_.attention_factor, fine_.row(l).data());
+    }
+    coarse_.resize((positions + detail::kRopeTableRows - 1) / detail::kRopeTableRows, rotary_dim());
+    for (Index h = 0; h < coarse_.rows(); ++h) coarse_row(h, coarse_.row(h).data());
+  }
+
+  const RotaryFrequencies& frequencies() const { return frequencies_; }
+  RopeLayout layout() const { return layout_; }
+  Index pairs() const { return frequencies_.pairs(); }
+  Index rotary_dim() const { return frequencies_.rotary_dim(); }
+  /// Integer positions below this need no sine.
+  Index positions() const { return coarse_.rows() * detail::kRopeTableRows; }
+  std::size_t bytes() const {
+    return static_cast<std::size_t>(fine_.size() + coarse_.size()) * sizeof(S);
+  }
+
+  /// Rows for one position after the other.  Keeps the last coarse row that is not in the table; one per thread.
+  template <RopeLayout kLayout>
+  class Rows {
+   public:
+    explicit Rows(const RotaryTable& table) : table_(table) {}
+
+    /// The row of positions' entry i: valid until the next call.  nullptr where the rotation is the identity.
+    const S* operator()(const RopePositions& positions, Index i) {
+      Index n = 0;
+      if (!positions.integer(i, n)) {
+        table_.compute_row(positions.real(i), table_.frequencies_.attention_factor, row_);
+        return row_;
+      }
+      if (n == 0 && table_.frequencies_.attention_factor == 1.0) return nullptr;
+      const Index h = n >> kShift;  // rounds down: l >= 0 for negative n as well
+      const S* const fine = table_.fine_.row(n - (h << kShift)).data();
+      if (h == 0) return fine;
+      const S* coarse = coarse_;
+      if (h > 0 && h < table_.coarse_.rows()) {
+        coarse = table_.coarse_.row(h).data();
+      } else if (h != cached_) {
+        table_.coarse_row(h, coarse_);
+        cached_ = h;
+      }
+      detail::turn_channels<false, kLayout>(fine, coarse, row_, table_.pairs());
+      return row_;
+    }
+
+   private:
+    static constexpr int kShift = 8;
+    static_assert((Index{1} << kShift) == detail::kRopeTableRows);
+    const RotaryTable& table_;
+    Index cached_ = 0;  // row 0 is never asked for
+    alignas(64) S row_[detail::kMaxRotaryDim];
+    alignas(64) S coarse_[detail::kMaxRotaryDim];
+  };
+
+ private:
+  void compute_row(double position, double factor, S* row) const {
+    const bool half = layout_ == RopeLayout::half;
+    for (Index p = 0; p < pairs(); ++p) {
+      const auto [c, s] = detail::rotary_cos_sin(position, frequencies_.inv_freq[p], factor);
+      row[half ? p : 2 * p] = static_cast<S>(c);
+      row[half ? p + pairs() : 2 * p + 1] = static_cast<S>(s);
+    }
+  }
+  void coarse_row(Index h, S* row) const {
+    compute_row(static_cast<double>(h) * static_cast<double>(detail::kRopeTableRows), 1.0, row);
+  }
+
+  RotaryFrequencies frequencies_;
+  RopeLayout layout_;
+  Matrix<S> fine_;    // 256 x R: positions 0 .. 255, times attention_factor
+  Matrix<S> coarse_;  // positions 0, 256, 512, ...
+};
+
+namespace detail {
+
+/// Channels per head, after all checks of one operand.
+inline Index require_heads(const char* name, Index cols, Index rotary_dim, const RopeOptions& options) {
+  require(options.heads >= 1, "heads (", options.heads, ") must be at least 1");
+  require(cols % options.heads == 0, "heads (", options.heads, ") must divide the columns of ", name,
+          " (", cols, ")");
+  const Index head_dim = cols / options.heads;
+  require(options.first_channel >= 0, "first_channel (", options.first_channel,
+          ") must not be negative");
+  require(options.first_channel + rotary_dim <= head_dim, "first_channel (", options.first_channel,
+          ") + rotary_dim (", rotary_dim, ") must be at most the head size (", head_dim, ")");
+  return head_dim;
+}
+
+/// Turns one head of a row; copies the channels that do not rotate unless y is x.
+template <bool kTranspose, RopeLayout kLayout, class X, class S>
+EIGENBLOCKS_ALWAYS_INLINE void turn_head(const X* x, const S* row, X* y, Index pairs, Index first,
+                                         Index head_dim) {
+  if constexpr (std::is_same_v<X, S>) {
+    turn_channels<kTranspose, kLayout>(x + first, row, y + first, pairs);
+  } else {
+    S tile[kMaxRotaryDim];
+    convert_channels(x + first, tile, 2 * pairs);
+    turn_channels<kTranspose, kLayout>(tile, row, tile, pairs);
+    convert_channels(tile, y + first, 2 * pairs);
+  }
+  if (x != y) {
+    std::copy(x, x + first, y);
+    std::copy(x + first + 2 * pairs, x + head_dim, y + first + 2 * pairs);
+  }
+}
+
+template <bool kTranspose, RopeLayout kLayout, class X>
+void turn_rows(const ConstMatrixRef<X>& x, const RopePositions& positions,
+               const RotaryTable<compute_t<X>>& table, MatrixRef<X> y, const RopeOptions& options,
+               ExecutorRef executor) {
+  const Index head_dim = options.heads > 0 ? x.cols() / options.heads : 0;
+  // About 128 KB of floats per task: enough to hide the hand-over, and half of a small L2.
+  const Index task_rows = std::clamp<Index>(32768 / std::max<Index>(1, x.cols()), 16, 1024);
+  const auto task = [&](Index index, int) {
+    typename RotaryTable<compute_t<X>>::template Rows<kLayout> rows(table);
+    const Index end = std::min(x.rows(), (index + 1) * task_rows);
+    for (Index i = index * task_rows; i < end; ++i) {
+      const X* from = x.data() + i * x.outerStride();
+      X* to = y.data() + i * y.outerStride();
+      const compute_t<X>* const row = rows(positions, i);
+      if (row == nullptr) {
+        if (to != from) std::copy(from, from + x.cols(), to);
+        continue;
+      }
+      for (Index head = 0; head < options.heads; ++head, from += head_dim, to += head_dim) {
+        turn_head<kTranspose, kLayout>(from, row, to, table.pairs(), options.first_channel, head_dim);
+      }
+    }
+  };
+  executor.run((x.rows() + task_rows - 1) / task_rows, task);
+}
+
+template <bool kTranspose, class X>
+void rope_apply(const char* x_name, const ConstMatrixRef<X>& x, const RopePositions& positions,
+                const RotaryTable<compute_t<X>>& table, const char* y_name, MatrixRef<X> y,
+                const RopeOptions& options, ExecutorRef executor) {
+  require_heads(x_name, x.cols(), table.rotary_dim(), options);
+  require_shape(y_name, y.rows(), y.cols(), x.rows(), x.cols(), "the shape of the input");
+  require_positions(positions, x.rows(), "one for each row of the input");
+  if (table.layout() == RopeLayout::half) {
+    turn_rows<kTranspose, RopeLayout::half, X>(x, positions, table, y, options, executor);
+  } else {
+    turn_rows<kTranspose, RopeLayout::interleaved, X>(x, positions, table, y, options, executor);
+  }
+}
+
+}  // namespace detail
+
+/// y = x with each head turned to its row's position.
+///   x, y        T x (heads * D); y may be x itself, but must not overlap it otherwise
+///   positions   a first position (rows follow one by one), or a list of T
+///   table       RotaryTable<float> for float, half and bfloat16; RotaryTable<double> for double
+/// Errors: heads < 1 or not dividing the columns; first_channel + R > D; a list of positions of another size than T; the
+/// shape of y.  T = 0 does nothing.  Cost: 6 flops per pair, one pass over memory.
+template <MatrixLike X, OutputMatrix Y>
+  requires SameScalar<X, Y>
+void rope_forward(const X& x, const RopePositions& positions,
+                  const RotaryTable<compute_t<scalar_t<X>>>& table, Y&& y, const RopeOptions& options,
+                  ExecutorRef executor = {}) {
+  detail::rope_apply<false, scalar_t<X>>("x", x, positions, table, "y", y, options, executor);
+}
+
+/// rope_forward with y = x.
+template <OutputMatrix X>
+void rope_in_place(X&& x, const RopePositions& positions,
+                   const RotaryTable<compute_t<scalar_t<X>>>& table, const RopeOptions& options,
+                   ExecutorRef executor = {}) {
+  detail::rope_apply<false, scalar_t<X>>("x", x, positions, table, "x", x, options, executor);
+}
+
+/// The rotated copy of x, which may be any Eigen expression or storage order.
+template <class X>
+  requires detail::EigenDense<X> && StorageScalar<scalar_t<X>>
+Matrix<scalar_t<X>> rope(const X& x, const RopePositions& positions,
+                         const RotaryTable<compute_t<scalar_t<X>>>& table, const RopeOptions& options,
+                         ExecutorRef executor = {}) {
+  Matrix<scalar_t<X>> y = x;
+  rope_in_place(y, positions, table, options, executor);
+  return y;
+}
+
+/// dx = dL/dx from dy = dL/dy: pairs turn back by -n f_p, times attention_factor.  Overwrites dx, which may be dy.
+/// Errors as rope_forward.
+template <MatrixLike DY, OutputMatrix DX>
+  requires SameScalar<DY, DX>
+void rope_backward(const DY& dy, const RopePositions& positions,
+                   const RotaryTable<compute_t<scalar_t<DY>>>& table, DX&& dx,
+                   const RopeOptions& options, ExecutorRef executor = {}) {
+  detail::rope_apply<true, scalar_t<DY>>("dy", dy, positions, table, "dx", dx, options, executor);
+}
+
+/// rope_backward with dx = dy.
+template <OutputMatrix DY>
+void rope_backward_in_place(DY&& dy, const RopePositions& positions,
+                            const RotaryTable<compute_t<scalar_t<DY>>>& table,
+                            const RopeOptions& options, ExecutorRef executor = {}) {
+  detail::rope_apply<true, scalar_t<DY>>("dy", dy, positions, table, "dy", dy, options, executor);
+}
+
+/// dL/dn of each row, for learned or optimised positions: sum over heads and pairs of f_p (dy_b y_a - dy_a y_b).
+///   y, dy        the rotated activations (not x) and the gradient with respect to them, T x (heads * D)
+///   d_positions  T entries, overwritten; summed in double
+/// Errors: shapes of dy and d_positions; heads and first_channel as in rope_forward.
+template <MatrixLike Y, MatrixLike DY>
+  requires SameScalar<Y, DY>
+void rope_position_backward(const Y& y, const DY& dy, const RotaryTable<compute_t<scalar_t<Y>>>& table,
+                            VectorRef<double> d_positions, const RopeOptions& options) {
+  const Index pairs = table.pairs();
+  const Index head_dim = detail::require_heads("y", y.cols(), table.rotary_dim(), options);
+  detail::require_shape("dy", dy.rows(), dy.cols(), y.rows(), y.cols(), "the shape of y");
+  detail::require_size("d_positions", d_positions.size(), y.rows(), "one for each row of y");
+  const bool half = table.layout() == RopeLayout::half;
+  for (Index i = 0; i < y.rows(); ++i) {
+    double sum = 0.0;
+    for (Index head = 0; head < options.heads; ++head) {
+      const Index at = head * head_dim + options.first_channel;
+      for (Index p = 0; p < pairs; ++p) {
+        const Index a = at + (half ? p : 2 * p), b = at + (half ? p + pairs : 2 * p + 1);
+        sum += table.frequencies().inv_freq[p] *
+               (static_cast<double>(dy(i, b)) * static_cast<double>(y(i, a)) -
+                static_cast<double>(dy(i, a)) * static_cast<double>(y(i, b)));
+      }
+    }
+    d_positions[i] = sum;
+  }
+}
+
+/// Reorders the rotary channels of each head from one layout to the other; channels that do not rotate stay.
+///
+///   activations   x T x (heads * D)
+///   W_q, W_k      in x (heads * D): their columns, never those of W_v or W_o
+///   biases        1 x (heads * D), or a Vector (below);   q/k-norm gains: the same, heads = 1 if shared by all heads
+///
+/// Scores do not change when queries and keys are converted alike.  The backward pass is the conversion back:
+/// rope_convert_layout(dy, to, from, rotary_dim, dx, options).
+/// Errors: x and y the same; shapes; rotary_dim odd or below 2; unknown layouts; heads and first_channel as in rope_forward.
+template <MatrixLike X, OutputMatrix Y>
+  requires SameScalar<X, Y>
+void rope_convert_layout(const X& x, RopeLayout from, RopeLayout to, Index rotary_dim, Y&& y,
+                         const RopeOptions& options) {
+  detail::require_layout("from", from);
+  detail::require_layout("to", to);
+  detail::require(rotary_dim >= 2 && rotary_dim % 2 == 0, "rotary_dim (", rotary_dim,
+                  ") must be even and at least 2");
+  const Index head_dim = detail::require_heads("x", x.cols(), rotary_dim, options);
+  detail::require_shape("y", y.rows(), y.cols(), x.rows(), x.cols(), "the shape of x");
+  detail::require(x.size() == 0 || x.data() != y.data(), "y must not be x: the conversion cannot work in place");
+  y = x;
+  if (from == to) return;
+  const Index pairs = rotary_dim / 2;
+  for (Index i = 0; i < x.rows(); ++i) {
+    for (Index head = 0; head < options.heads; ++head) {
+      const auto* source = x.data() + i * x.outerStride() + head * head_dim + options.first_channel;
+      auto* target = y.data() + i * y.outerStride() + head * head_dim + options.first_channel;
+      for (Index p = 0; p < pairs; ++p) {
+        if (to == RopeLayout::half) {
+          target[p] = source[2 * p];
+          target[p + pairs] = source[2 * p + 1];
+        } else {
+          target[2 * p] = source[p];
+          target[2 * p + 1] = source[p + pairs];
+        }
+      }
+    }
+  }
+}
+
+/// The converted copy of a matrix.
+template <MatrixLike X>
+Matrix<scalar_t<X>> rope_convert_layout(const X& x, RopeLayout from, RopeLayout to, Index rotary_dim,
+                                        const RopeOptions& options) {
+  Matrix<scalar_t<X>> y(x.rows(), x.cols());
+  rope_convert_layout(x, from, to, rotary_dim, y, options);
+  return y;
+}
+
+/// The converted copy of a bias or a gain.
+template <StorageScalar S>
+Vector<S> rope_convert_layout(const Vector<S>& x, RopeLayout from, RopeLayout to, Index rotary_dim,
+                              const RopeOptions& options) {
+  Vector<S> y(x.size());
+  rope_convert_layout(Eigen::Map<const RowVector<S>>(x.data(), x.size()), from, to, rotary_dim,
+                      Eigen::Map<RowVector<S>>(y.data(), y.size()), options);
+  return y;
+}
+
+EIGENBLOCKS_NAMESPACE_END

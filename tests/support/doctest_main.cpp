@@ -1,0 +1,3 @@
+// The main function of every doctest program. It is compiled once and linked into each of them.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
