@@ -60,6 +60,9 @@ std::map<std::string, int, std::less<>> later_ops() {
 golden::Registry all_ops() {
   golden::Registry registry;
   register_attention(registry);
+  register_mha(registry);
+  register_nn(registry);
+  register_llama(registry);
   register_rope(registry);
   register_optim_structured(registry);
   register_quantize_losses(registry);

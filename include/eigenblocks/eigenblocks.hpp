@@ -4,13 +4,48 @@
 // Written by `cmake -DWRITE=ON -P tests/include_graph.cmake`; a test keeps it complete.
 #pragma once
 
+#include <eigenblocks/attention/backward_tiles.hpp>
+#include <eigenblocks/attention/cache.hpp>
+#include <eigenblocks/attention/decode.hpp>
+#include <eigenblocks/attention/forward_tiles.hpp>
+#include <eigenblocks/attention/kernel.hpp>
+#include <eigenblocks/attention/mask.hpp>
+#include <eigenblocks/attention/mha.hpp>
+#include <eigenblocks/attention/partial.hpp>
+#include <eigenblocks/attention/reference.hpp>
+#include <eigenblocks/attention/rule.hpp>
+#include <eigenblocks/attention/score.hpp>
+#include <eigenblocks/attention/tile.hpp>
+#include <eigenblocks/attention/varlen.hpp>
+
 #include <eigenblocks/core/config.hpp>
 #include <eigenblocks/core/error.hpp>
 #include <eigenblocks/core/gradcheck.hpp>
+#include <eigenblocks/core/math.hpp>
 #include <eigenblocks/core/parallel.hpp>
+#include <eigenblocks/core/product.hpp>
 #include <eigenblocks/core/random.hpp>
+#include <eigenblocks/core/simd.hpp>
+#include <eigenblocks/core/softmax.hpp>
 #include <eigenblocks/core/thread_pool.hpp>
 #include <eigenblocks/core/types.hpp>
 #include <eigenblocks/core/workspace.hpp>
+
+#include <eigenblocks/loss/cross_entropy.hpp>
+#include <eigenblocks/loss/linear_cross_entropy.hpp>
+
+#include <eigenblocks/nn/embedding.hpp>
+#include <eigenblocks/nn/linear.hpp>
+#include <eigenblocks/nn/norm.hpp>
+
+#include <eigenblocks/optim/adamw.hpp>
+#include <eigenblocks/optim/clip.hpp>
+#include <eigenblocks/optim/muon.hpp>
+#include <eigenblocks/optim/schedule.hpp>
+#include <eigenblocks/optim/sgd.hpp>
+#include <eigenblocks/optim/tensor_ref.hpp>
+
+#include <eigenblocks/position/frequencies.hpp>
+#include <eigenblocks/position/rope.hpp>
 
 #include <eigenblocks/version.hpp>

@@ -1,5 +1,5 @@
 // Integer matrices are refused: a softmax of integers is a mistake, not a request.
-// expect: (satisfaction of|satisfy|because) 'StorageScalar
+// expect: (satisfaction of|satisfy|because) 'StorageScalar|not satisfied for alias template 'compute_t'
 #include <eigenblocks/attention/kernel.hpp>
 
 namespace eb = eigenblocks;

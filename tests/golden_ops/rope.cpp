@@ -54,7 +54,8 @@ void rope_apply(C& c) {
   c.form("row by row");
   for (Index i = 0; i < x.rows(); ++i) {
     rope_forward(x.middleRows(i, 1), positions.segment(i, 1), table, y.middleRows(i, 1), options);
-    rope_backward(dy.middleRows(i, 1), positions.segment(i, 1), table, dx.middleRows(i, 1), options);
+    rope_backward(dy.middleRows(i, 1), positions.segment(i, 1), table, dx.middleRows(i, 1),
+                  options);
   }
   expect();
 
@@ -81,7 +82,8 @@ void rope_layout_convert(C& c) {
   const RopeOptions options{.heads = c.shape("in.x").at(1)};
   c.expect("out.y", rope_convert_layout(c.matrix("in.x"), from, other(from), rotary_dim, options));
   if (!c.has("gin.x")) return;
-  c.expect("gin.x", rope_convert_layout(c.matrix("gout.y"), other(from), from, rotary_dim, options));
+  c.expect("gin.x",
+           rope_convert_layout(c.matrix("gout.y"), other(from), from, rotary_dim, options));
 }
 
 template <class C>

@@ -23,8 +23,8 @@
 //   double   |got - want| <= atol + rtol |want|, with atol and rtol from the file; ops registered with
 //            Compare::max_norm put max|want| over the tensor in the place of |want|
 //   float    |got - want| <= t max|want| over the tensor, t = 5e-5 for values and 5e-4 for gradients (gin.*).
-//            A tensor smaller than 1/200 of the operands came out of a cancellation (a loss near 0, the gradient of
-//            a softmax over one key): there 1/200 of the largest float operand replaces max|want|
+//            A tensor that is nothing but rounding, max|want| <= 2^-20 of the largest float operand (the gradient of
+//            a softmax over one key), has no size of its own: there 1/200 of that operand takes its place
 //   always   infinities must match, NaN matches NaN only, integers and `expect_exact` get no float allowance
 #pragma once
 
@@ -50,6 +50,7 @@ using eigenblocks::Index;
 
 inline constexpr double kFloatValues = 5e-5;
 inline constexpr double kFloatGradients = 5e-4;
+inline constexpr double kFloatRounding = 0x1p-20;
 inline constexpr double kFloatCancelled = 1.0 / 200.0;
 
 enum class Compare { elementwise, max_norm };
@@ -113,7 +114,7 @@ class Record {
     return found == fixture_.params.end() ? nullptr : &found->second;
   }
 
-  /// A tensor the handler takes as float operands; see "cancellation" above.
+  /// A tensor the handler takes as float operands: their size decides what counts as rounding.
   const Tensor& operand(std::string_view name) {
     const Tensor& found = tensor(name);
     operand_scale_ = std::max(operand_scale_, max_norm(found.values));
@@ -130,7 +131,8 @@ class Record {
     if (!want) return;
     const bool in_float = in_float_ && !exact && !want->integer;
     const double scale = max_norm(want->values);
-    const double largest = in_float ? std::max(scale, kFloatCancelled * operand_scale_) : scale;
+    const bool cancelled = in_float && scale <= kFloatRounding * operand_scale_;
+    const double largest = cancelled ? kFloatCancelled * operand_scale_ : scale;
     const bool gradient = name.starts_with("gin.");
     const auto allowed = [&](double value) {
       if (want->integer) return 0.0;
@@ -422,6 +424,9 @@ class Registry {
 }  // namespace golden
 
 void register_attention(golden::Registry& registry);         // golden_ops/attention.cpp
+void register_mha(golden::Registry& registry);               // golden_ops/mha.cpp
+void register_llama(golden::Registry& registry);             // golden_ops/llama.cpp
+void register_nn(golden::Registry& registry);                // golden_ops/nn.cpp
 void register_rope(golden::Registry& registry);              // golden_ops/rope.cpp
 void register_optim_structured(golden::Registry& registry);  // golden_ops/optim_structured.cpp
 void register_quantize_losses(golden::Registry& registry);   // golden_ops/quantize_losses.cpp

@@ -41,7 +41,7 @@ struct MhaOptions {
   RopeLayout rope_layout = RopeLayout::half;   ///< as transformers' Llama, Qwen, Mistral
   Index window_left = -1;                      ///< -1 is unbounded; transformers' sliding_window W is W - 1
   double soft_cap = 0;                         ///< 0 is off
-  std::optional<double> scale;                 ///< default 1/sqrt(head_dim)
+  std::optional<double> scale = std::nullopt;  ///< default 1/sqrt(head_dim)
 };
 
 /// Parameters, or their gradients.  Vectors of size 0 are absent.
@@ -174,6 +174,23 @@ AttentionTensors<S> mha_tensors(const MhaWeights<S>& weights) {
   return tensors;
 }
 
+/// y = x W, plus b unless it is empty.
+template <MatrixLike X, RealScalar S, class Y>
+void project(const X& x, const Matrix<S>& w, const Vector<S>& b, Y& y, ExecutorRef executor) {
+  if (b.size() == 0) {
+    linear_forward(x, w, y, executor);
+  } else {
+    linear_forward(x, w, b, y, executor);
+  }
+}
+
+/// Gradients of project by its parameters, overwritten.
+template <MatrixLike X, MatrixLike DY, RealScalar S>
+void project_backward(const X& x, const DY& dy, Matrix<S>& dw, Vector<S>& db, ExecutorRef executor) {
+  linear_backward_weight(x, dy, dw, executor);
+  if (db.size() != 0) linear_backward_bias(dy, db, executor);
+}
+
 /// Norm and rotation of projected heads, in place; keeps `raw` and rstd when there is a norm.
 template <RealScalar S>
 void mha_position(const Mha<S>& layer, const Vector<S>& gain, Index heads, Matrix<S>& x, Matrix<S>& raw, Vector<S>& rstd,
@@ -227,9 +244,9 @@ void mha_forward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& w
   saved.k.resize(rows, o.kv_heads * o.head_dim);
   saved.v.resize(rows, o.kv_heads * o.head_dim);
   saved.attended.resize(rows, o.heads * o.head_dim);
-  linear_forward(x, weights.w_q, weights.b_q, saved.q, executor);
-  linear_forward(x, weights.w_k, weights.b_k, saved.k, executor);
-  linear_forward(x, weights.w_v, weights.b_v, saved.v, executor);
+  detail::project(x, weights.w_q, weights.b_q, saved.q, executor);
+  detail::project(x, weights.w_k, weights.b_k, saved.k, executor);
+  detail::project(x, weights.w_v, weights.b_v, saved.v, executor);
   detail::mha_position(layer, weights.q_norm, o.heads, saved.q, saved.q_raw, saved.q_rstd, batch, executor);
   detail::mha_position(layer, weights.k_norm, o.kv_heads, saved.k, saved.k_raw, saved.k_rstd, batch, executor);
   const Index whole[] = {0, rows};
@@ -238,7 +255,7 @@ void mha_forward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& w
     saved.attention = attention_varlen_forward(saved.q, saved.k, saved.v, cu, cu, saved.attended, layer.shape(), rule,
                                                detail::mha_tensors(weights), executor);
   });
-  linear_forward(saved.attended, weights.w_o, weights.b_o, y, executor);
+  detail::project(saved.attended, weights.w_o, weights.b_o, y, executor);
 }
 
 /// dx (T x D) and every gradient of the weights (dweights is resized and overwritten) from dy.
@@ -266,7 +283,8 @@ void mha_backward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& 
   dweights.b_o.resize(weights.b_o.size());
   dweights.sinks.resize(weights.sinks.size());
   Matrix<S> dattended(rows, saved.attended.cols());
-  linear_backward(saved.attended, weights.w_o, dy, dattended, dweights.w_o, dweights.b_o, executor);
+  linear_backward_input(dy, weights.w_o, dattended, executor);
+  detail::project_backward(saved.attended, dy, dweights.w_o, dweights.b_o, executor);
   Matrix<S> dq(rows, saved.q.cols()), dk(rows, saved.k.cols()), dv(rows, saved.v.cols());
   AttentionTensorGradients<S> gradients;
   if (weights.sinks.size() != 0) gradients.sinks = &dweights.sinks;
@@ -278,19 +296,20 @@ void mha_backward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& 
   });
   detail::mha_position_backward(layer, weights.q_norm, o.heads, saved.q_raw, saved.q_rstd, dq, dweights.q_norm, batch, executor);
   detail::mha_position_backward(layer, weights.k_norm, o.kv_heads, saved.k_raw, saved.k_rstd, dk, dweights.k_norm, batch, executor);
-  Matrix<S> part(rows, x.cols());
-  linear_backward(x, weights.w_q, dq, dx, dweights.w_q, dweights.b_q, executor);
-  linear_backward(x, weights.w_k, dk, part, dweights.w_k, dweights.b_k, executor);
-  dx += part;
-  linear_backward(x, weights.w_v, dv, part, dweights.w_v, dweights.b_v, executor);
-  dx += part;
+  detail::project_backward(x, dq, dweights.w_q, dweights.b_q, executor);
+  detail::project_backward(x, dk, dweights.w_k, dweights.b_k, executor);
+  detail::project_backward(x, dv, dweights.w_v, dweights.b_v, executor);
+  linear_backward_input(dq, weights.w_q, dx, executor);
+  linear_accumulate_input(dk, weights.w_k, dx, executor);
+  linear_accumulate_input(dv, weights.w_v, dx, executor);
 }
 
 /// Everything that decoding needs between two calls: a regular value, a copy is a snapshot.
 template <RealScalar S>
 struct MhaState {
   KvCache<S> cache;
-  MhaSaved<S> scratch;  ///< buffers of the projections, reused from call to call
+  MhaSaved<S> scratch;      ///< buffers of the projections, reused from call to call
+  Index first_position = 0; ///< position of the first token, where rotation starts to count
 
   Index size() const { return cache.size(); }
   void truncate(Index n) { cache.truncate(n); }
@@ -299,10 +318,11 @@ struct MhaState {
 
 /// An empty state with room for `capacity` tokens; a layer with a window keeps only what the window can see.
 template <RealScalar S>
-MhaState<S> mha_state(const Mha<S>& layer, Index capacity = 0) {
+MhaState<S> mha_state(const Mha<S>& layer, Index capacity = 0, Index first_position = 0) {
   const MhaOptions& o = layer.options();
   return {.cache = KvCache<S>({.kv_heads = o.kv_heads, .head_dim = o.head_dim, .capacity = capacity, .window = o.window_left}),
-          .scratch = {}};
+          .scratch = {},
+          .first_position = first_position};
 }
 
 /// The rows that follow what the state has seen; y is rows x D.  On an error nothing is changed.
@@ -320,16 +340,16 @@ void mha_step(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weig
   s.k.resize(rows, o.kv_heads * o.head_dim);
   s.v.resize(rows, o.kv_heads * o.head_dim);
   s.attended.resize(rows, o.heads * o.head_dim);
-  linear_forward(x, weights.w_q, weights.b_q, s.q, executor);
-  linear_forward(x, weights.w_k, weights.b_k, s.k, executor);
-  linear_forward(x, weights.w_v, weights.b_v, s.v, executor);
-  const MhaBatch batch{.first_position = state.cache.size()};
+  detail::project(x, weights.w_q, weights.b_q, s.q, executor);
+  detail::project(x, weights.w_k, weights.b_k, s.k, executor);
+  detail::project(x, weights.w_v, weights.b_v, s.v, executor);
+  const MhaBatch batch{.first_position = state.first_position + state.cache.size()};
   detail::mha_position(layer, weights.q_norm, o.heads, s.q, s.q_raw, s.q_rstd, batch, executor);
   detail::mha_position(layer, weights.k_norm, o.kv_heads, s.k, s.k_raw, s.k_rstd, batch, executor);
   layer.with_rule([&](const auto& rule) {
     attention_step(state.cache, s.q, s.k, s.v, s.attended, layer.shape(), rule, detail::mha_tensors(weights), executor);
   });
-  linear_forward(s.attended, weights.w_o, weights.b_o, y, executor);
+  detail::project(s.attended, weights.w_o, weights.b_o, y, executor);
 }
 
 EIGENBLOCKS_NAMESPACE_END

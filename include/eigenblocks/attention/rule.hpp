@@ -29,7 +29,7 @@ struct AttentionShape {
   Index kv_heads = 0;           ///< key/value heads; 0 means as many as query heads
   Index query_offset = 0;       ///< absolute position of query row 0; may be negative
   Index key_offset = 0;         ///< absolute position of key row 0
-  std::optional<double> scale;  ///< default 1/sqrt(head_dim); 0 and negative values are legal
+  std::optional<double> scale = std::nullopt;  ///< default 1/sqrt(head_dim); 0 and negative values are legal
 };
 
 /// Keys and queries are used as given.

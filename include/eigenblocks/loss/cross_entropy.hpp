@@ -63,11 +63,11 @@ template <RealScalar S>
 class LossUpstream {
  public:
   LossUpstream(double value) : value_(value) {}  // NOLINT: implicit by design
-  template <class V>
-    requires detail::EigenDense<V> && std::same_as<typename V::Scalar, S> &&
-             (bool(V::IsVectorAtCompileTime)) && (int(V::InnerStrideAtCompileTime) == 1)
-  LossUpstream(const V& per_token)  // NOLINT: implicit by design
-      : data_(per_token.data()), size_(per_token.size()), per_token_(true) {}
+  template <class D>
+    requires std::same_as<typename D::Scalar, S> && (bool(D::IsVectorAtCompileTime)) &&
+                 (int(D::InnerStrideAtCompileTime) == 1)
+  LossUpstream(const Eigen::DenseBase<D>& per_token)  // NOLINT: implicit by design
+      : data_(per_token.derived().data()), size_(per_token.size()), per_token_(true) {}
 
   bool per_token() const { return per_token_; }
   Index size() const { return size_; }

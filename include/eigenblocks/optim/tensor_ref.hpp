@@ -31,9 +31,14 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 
 namespace detail {
 
+/// An Eigen object, derived classes such as VectorBlock included.
+template <class M>
+concept DerivesFromDense =
+    requires(const M& m) { []<class D>(const Eigen::DenseBase<D>&) {}(m); };
+
 template <class M>
 concept TensorShaped =
-    EigenDense<M> && (int(M::Flags) & int(Eigen::DirectAccessBit)) != 0 &&
+    DerivesFromDense<M> && (int(M::Flags) & int(Eigen::DirectAccessBit)) != 0 &&
     int(M::InnerStrideAtCompileTime) == 1 && (kRowMajorDirect<M> || bool(M::IsVectorAtCompileTime));
 
 /// M (a deduced forwarding reference) may be seen as TensorRef<S>.

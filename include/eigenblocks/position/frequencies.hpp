@@ -1,20 +1,21 @@
 // Rotary frequencies, positions, and the cosines and sines they give.
 //
-// A rotary embedding turns pair p of a head by the angle n f_p at position n.  This header is the n and the f:
+// A rotary embedding turns pair p of a head by the angle n f_p at position n.  Here are n and f:
 //
-//   RotaryFrequencies   f_p ("inv_freq"), one for each of the R/2 pairs, and the factor on cos and sin
+//   RotaryFrequencies   f_p ("inv_freq") of the R/2 pairs, and the factor on cos and sin
 //   rope_frequencies    f_p = base^(-2p/R), the plain ladder (RoFormer, arXiv 2104.09864)
-//   RopePositions       n of each row: a run first, first + 1, ..., or a list of real or integer positions
+//   RopePositions       n of each row: a run first, first + 1, ..., or a list, real or integer
 //   rope_cos_sin        a cos(n f_p) and a sin(n f_p) as T x R/2 tables
 //
-// Position/rope.hpp applies them.  Frequencies of a checkpoint are taken as they are:
+// position/rope.hpp applies them.  Frequencies of a checkpoint are taken as they are:
 //
 //   const RotaryFrequencies ours = rope_frequencies(128, 500000.0);
 //   const RotaryFrequencies theirs{.inv_freq = checkpoint.inv_freq.cast<double>()};
 //
-// Angles are formed in double whatever the scalar of the activations: a float product n f is off by 0.06 rad at n = 1e6
-// and worthless at 1e7.  Here the rounding error of n f is recovered by a fused multiply-add and taken out of cos and
-// sin, so they are right to about 2e-16 as long as |n f_p| < 1e10, for the f_p that was given.
+// Angles are formed in double whatever the scalar of the activations: a float product n f is off by
+// 0.06 rad at n = 1e6 and worthless at 1e7.  The rounding error of n f is recovered by a fused
+// multiply-add and taken out of cos and sin, so both are right to about 2e-16 for the given f_p, as
+// long as |n f_p| < 1e10.
 #pragma once
 
 #include <eigenblocks/core/error.hpp>
@@ -28,8 +29,8 @@
 
 EIGENBLOCKS_NAMESPACE_BEGIN
 
-/// Angles per position of the R/2 pairs, and the factor that multiplies every cos and sin (YaRN, LongRoPE; 1 = none).
-/// The rotated part of a logit is multiplied by attention_factor^2, since queries and keys both carry it.
+/// Angles per position of the R/2 pairs, and the factor on every cos and sin (YaRN, LongRoPE).
+/// Queries and keys both carry it: the rotated part of a logit is multiplied by its square.
 struct RotaryFrequencies {
   Vector<double> inv_freq;
   double attention_factor = 1.0;
@@ -38,8 +39,9 @@ struct RotaryFrequencies {
   Index rotary_dim() const { return 2 * inv_freq.size(); }
 };
 
-/// f_p = base^(-2p/R), p = 0 .. R/2 - 1.  R is the number of *rotated* channels (partial rotary: R < head size).
-/// Errors: rotary_dim odd or below 2; base not positive and finite.  Source: arXiv 2104.09864 section 3.2.2.
+/// f_p = base^(-2p/R), p = 0 .. R/2 - 1.  R counts the *rotated* channels (partial rotary: fewer
+/// than the head size).  Source: arXiv 2104.09864 section 3.2.2.
+/// Errors: rotary_dim odd or below 2; base not positive and finite.
 inline RotaryFrequencies rope_frequencies(Index rotary_dim, double base = 10000.0) {
   detail::require(rotary_dim >= 2 && rotary_dim % 2 == 0, "rotary_dim (", rotary_dim,
                   ") must be even and at least 2");
@@ -52,34 +54,44 @@ inline RotaryFrequencies rope_frequencies(Index rotary_dim, double base = 10000.
   return frequencies;
 }
 
+namespace detail {
+
+template <class List>
+using list_entry_t = std::remove_cvref_t<decltype(*std::declval<const List&>().data())>;
+
+template <class List>
+concept PositionList = (std::same_as<list_entry_t<List>, double> ||
+                        std::same_as<list_entry_t<List>, Index>)&&requires(const List& list) {
+  list.size();
+};
+
+}  // namespace detail
+
 /// The position of each row, without owning or copying anything.  Made implicitly from
 ///
-///   an integer n          rows 0, 1, 2, ... stand at n, n + 1, n + 2, ...   (any number of rows)
-///   a list with data() and size(), of double or Index: std::vector, std::span, an Eigen vector, a column of a matrix
+///   an integer n   rows 0, 1, 2, ... stand at n, n + 1, n + 2, ..., any number of them
+///   a list         anything with data() and size() of double or Index: std::vector, std::span,
+///                  an Eigen vector, a column of a matrix
 ///
-/// Positions may be negative, a list's also fractional (position interpolation, RoPE-Tie).  The list must outlive the
-/// object; as a function argument a temporary is fine.
+/// Positions may be negative, and those of a list fractional (position interpolation, RoPE-Tie).
+/// The list must outlive the object; as a function argument a temporary is fine.
 class RopePositions {
  public:
   template <std::integral Int>
   RopePositions(Int first) : first_(static_cast<Index>(first)) {}  // NOLINT: implicit by design
 
   template <class List>
-    requires requires(const List& list) {
-      list.data();
-      list.size();
-      requires std::same_as<std::remove_cvref_t<decltype(*list.data())>, double> ||
-                   std::same_as<std::remove_cvref_t<decltype(*list.data())>, Index>;
-    }
+    requires(detail::PositionList<List>)
   RopePositions(const List& list)  // NOLINT: implicit by design
       : size_(static_cast<Index>(list.size())) {
-    if constexpr (std::same_as<std::remove_cvref_t<decltype(*list.data())>, double>) {
+    if constexpr (std::same_as<detail::list_entry_t<List>, double>) {
       reals_ = list.data();
     } else {
       integers_ = list.data();
     }
     if constexpr (detail::EigenDense<List>) {
-      static_assert(List::IsVectorAtCompileTime, "positions are a vector: take a column or a row of the matrix");
+      static_assert(List::IsVectorAtCompileTime,
+                    "positions are a vector: take a column or a row of the matrix");
       stride_ = list.innerStride();
     }
   }
@@ -92,7 +104,7 @@ class RopePositions {
   bool integer(Index i, Index& n) const {
     if (reals_ != nullptr) {
       const double position = reals_[i * stride_];
-      // Above 2^53 neighbouring integers are no longer told apart, and the cast would soon overflow.
+      // From 2^53 on neighbouring integers are not told apart, and the cast would soon overflow.
       if (!(std::abs(position) < 0x1p53) || std::trunc(position) != position) return false;
       n = static_cast<Index>(position);
       return true;
@@ -142,12 +154,14 @@ inline void require_positions(const RopePositions& positions, Index rows, const 
 
 }  // namespace detail
 
-/// cos(i, p) = a cos(n_i f_p), sin(i, p) = a sin(n_i f_p), a = attention_factor; both T x R/2, one value per pair (the
-/// transformers library repeats each value for the two channels of its pair).  Formed in double, rounded once.
+/// cos(i, p) = a cos(n_i f_p), sin(i, p) = a sin(n_i f_p), a = attention_factor; both T x R/2, one
+/// value per pair (transformers repeats each for the two channels of its pair).  Formed in double,
+/// rounded once.
 /// Errors: the shape of cos or sin; a list of positions whose size is not T; bad frequencies.
 template <OutputMatrix C, OutputMatrix S>
   requires SameScalar<C, S> && RealScalar<scalar_t<C>>
-void rope_cos_sin(const RopePositions& positions, const RotaryFrequencies& frequencies, C&& cos, S&& sin) {
+void rope_cos_sin(const RopePositions& positions, const RotaryFrequencies& frequencies, C&& cos,
+                  S&& sin) {
   using Scalar = scalar_t<C>;
   detail::require_frequencies(frequencies);
   detail::require_shape("cos", cos.rows(), cos.cols(), cos.rows(), frequencies.pairs(),

@@ -1,31 +1,33 @@
-// Rotary position embedding (RoPE) along one axis: RoFormer, arXiv 2104.09864; posts kexue.fm 8265 and 10040.
+// Rotary position embedding (RoPE) along one axis.
+// Source: RoFormer, arXiv 2104.09864; posts kexue.fm 8265 and 10040.
 //
 // The first R channels of each head form R/2 pairs; at position n pair p turns by n f_p:
 //
-//   y_a = a (x_a cos(n f_p) - x_b sin(n f_p))       a = attention_factor, 1 unless YaRN or LongRoPE set it
+//   y_a = a (x_a cos(n f_p) - x_b sin(n f_p))
 //   y_b = a (x_a sin(n f_p) + x_b cos(n f_p))       <R_m q, R_n k> depends on m - n only
 //
-// Channels R .. D-1 of a head pass through (partial rotary).  There are two ways to form the pairs; checkpoints of one
-// are garbage in the other, so the layout has no default:
+// with a = attention_factor, 1 unless YaRN or LongRoPE set it.  Channels R .. D-1 of a head pass
+// through (partial rotary).  There are two ways to form the pairs; checkpoints of one are garbage
+// in the other, so the layout has no default:
 //
-//   RopeLayout::interleaved   pair p = channels (2p, 2p+1)     RoFormer, GPT-J, Meta's Llama, DeepSeek
-//   RopeLayout::half          pair p = channels (p, p + R/2)   transformers' Llama, NeoX, Qwen
+//   RopeLayout::interleaved   pair p = channels (2p, 2p+1)    RoFormer, GPT-J, Meta Llama, DeepSeek
+//   RopeLayout::half          pair p = channels (p, p + R/2)  transformers' Llama, NeoX, Qwen
 //
 //   const RotaryTable<float> table(rope_frequencies(64), RopeLayout::half);
-//   rope_in_place(q, first_position, table, {.heads = 8});       // q: T x (8*D), rows at first_position, +1, ...
-//   rope_in_place(k, first_position, table, {.heads = 2});
-//   rope_backward_in_place(dq, first_position, table, {.heads = 8});
+//   rope_in_place(q, 0, table, {.heads = 8});             // q: T x (8*D), rows at 0, 1, 2, ...
+//   rope_in_place(k, 0, table, {.heads = 2});
+//   rope_backward_in_place(dq, 0, table, {.heads = 8});
 //
-//   RotaryTable              cos and sin, by two small tables, for any position
-//   rope_forward, rope_in_place, rope             rotate
-//   rope_backward, rope_backward_in_place         the transposed rotation of dy; nothing is saved but positions
-//   rope_position_backward   dL/dn
-//   rope_convert_layout      interleaved <-> half, for activations, weights, biases, gains
+//   RotaryTable                              cos and sin, by two small tables, for any position
+//   rope_forward, rope_in_place, rope        rotate
+//   rope_backward, rope_backward_in_place    the transposed rotation; saves nothing but positions
+//   rope_position_backward                   dL/dn
+//   rope_convert_layout                      interleaved <-> half: activations, weights, biases
 //
-// One row of cosines serves all heads of a token: positions run outside, heads inside, one pass over memory.
-// A row at position 0 is left bitwise unchanged when a = 1.  Every other row depends only on its position and its
-// content, not on the table's size, the other rows, the chunking or the number of threads.
-// 16-bit activations use RotaryTable<float>: angles in double, arithmetic in float, one rounding at the store.
+// One row of cosines serves all heads of a token: positions outside, heads inside, one pass over
+// memory.  A row at position 0 is left bitwise unchanged when a = 1.  Every other row depends only
+// on its position and its content: not on the table's size, other rows, chunks or threads.
+// 16-bit activations use RotaryTable<float>: angles in double, arithmetic in float, one rounding.
 #pragma once
 
 #include <eigenblocks/core/error.hpp>
@@ -36,6 +38,7 @@
 
 #include <algorithm>
 #include <complex>
+#include <cstddef>
 #include <type_traits>
 #include <utility>
 
@@ -43,17 +46,17 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 
 enum class RopeLayout { interleaved, half };
 
-/// How a row of activations is cut.  A head has D = cols / heads channels, of which [first_channel, first_channel + R)
-/// rotate; MLA queries [nope | rope] have first_channel = D - R.
+/// How a row of activations is cut.  A head has D = cols / heads channels; R of them rotate, from
+/// first_channel on.  MLA's queries [nope | rope] have first_channel = D - R.
 struct RopeOptions {
-  Index heads = 0;  ///< no default: a forgotten head count would rotate the first head only
+  Index heads = 0;  ///< must be given: one head would be a plausible wrong guess
   Index first_channel = 0;
 };
 
 namespace detail {
 
-inline constexpr Index kRopeTableRows = 256;   // B: the rows of the fine table
-inline constexpr Index kMaxRotaryDim = 2048;   // rows of cos and sin are put together on the stack
+inline constexpr Index kRopeTableRows = 256;  // B: the rows of the fine table
+inline constexpr Index kMaxRotaryDim = 2048;  // rows of cos and sin are put together on the stack
 
 inline void require_layout(const char* name, RopeLayout layout) {
   require(layout == RopeLayout::interleaved || layout == RopeLayout::half, name, " (", layout,
@@ -62,7 +65,8 @@ inline void require_layout(const char* name, RopeLayout layout) {
 
 /// Turns (x_a, x_b) by (c, s), or back for kTranspose.  For packets and scalars.
 template <bool kTranspose, class P>
-EIGENBLOCKS_ALWAYS_INLINE void turn(const P& x_a, const P& x_b, const P& c, const P& s, P& y_a, P& y_b) {
+EIGENBLOCKS_ALWAYS_INLINE void turn(const P& x_a, const P& x_b, const P& c, const P& s, P& y_a,
+                                    P& y_b) {
   if constexpr (kTranspose) {
     y_a = simd::fma(x_a, c, simd::mul(x_b, s));
     y_b = simd::sub(simd::mul(x_b, c), simd::mul(x_a, s));
@@ -72,8 +76,8 @@ EIGENBLOCKS_ALWAYS_INLINE void turn(const P& x_a, const P& x_b, const P& c, cons
   }
 }
 
-/// Pairs [p, pairs) of layout `half` as long as they fill a packet P, then the rest in smaller packets.
-/// P is passed as a (null) pointer: g++ warns about vector types that are spelled as template arguments.
+/// Pairs [p, pairs) of layout `half` while they fill a packet P, then the rest in smaller packets.
+/// P comes as a null pointer: g++ warns about vector types spelled as template arguments.
 template <bool kTranspose, class P, class S>
 EIGENBLOCKS_ALWAYS_INLINE void turn_halves(const P*, const S* x, const S* row, S* y, Index pairs,
                                            Index p = 0) {
@@ -97,14 +101,16 @@ EIGENBLOCKS_ALWAYS_INLINE void turn_halves(const P*, const S* x, const S* row, S
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 about the insides of its AVX-512 intrinsics
+// g++ 12 complains about the insides of its own AVX-512 intrinsics.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-/// The same for `interleaved`, where a pair is a complex number and the rotation its product with c + i s (c - i s).
-/// P is a packet of complex numbers: Eigen knows the lane swaps of each instruction set.
+/// The same for `interleaved`, where a pair is a complex number and its rotation the product with
+/// c + i s (back: c - i s).  P is Eigen's packet of complex numbers, which knows the lane swaps of
+/// each instruction set.
 template <bool kTranspose, class P, class S>
-EIGENBLOCKS_ALWAYS_INLINE void turn_interleaved(const P*, const S* x, const S* row, S* y, Index pairs,
-                                                Index p = 0) {
+EIGENBLOCKS_ALWAYS_INLINE void turn_interleaved(const P*, const S* x, const S* row, S* y,
+                                                Index pairs, Index p = 0) {
   using Complex = std::complex<S>;
   if constexpr (!std::is_same_v<P, Complex>) {
     constexpr Index kSize = simd::kPacketSize<P>;
@@ -112,7 +118,8 @@ EIGENBLOCKS_ALWAYS_INLINE void turn_interleaved(const P*, const S* x, const S* r
       P turn_by = simd::ei::ploadu<P>(reinterpret_cast<const Complex*>(row + 2 * p));
       if constexpr (kTranspose) turn_by = simd::ei::pconj(turn_by);
       simd::ei::pstoreu(reinterpret_cast<Complex*>(y + 2 * p),
-                        simd::ei::pmul(turn_by, simd::ei::ploadu<P>(reinterpret_cast<const Complex*>(x + 2 * p))));
+                        simd::ei::pmul(turn_by, simd::ei::ploadu<P>(
+                                                    reinterpret_cast<const Complex*>(x + 2 * p))));
     }
     using Half = typename simd::ei::unpacket_traits<P>::half;
     if constexpr (sizeof(Half) < sizeof(P)) {
@@ -138,7 +145,7 @@ EIGENBLOCKS_ALWAYS_INLINE void convert_channels(const From* from, To* to, Index 
 #pragma GCC diagnostic pop
 #endif
 
-/// y = x turned by `row`, whose cos and sin stand where the channels a and b of their pair stand in x.  y may be x.
+/// y = x turned by `row`, which has cos and sin where x has the channels a and b.  y may be x.
 template <bool kTranspose, RopeLayout kLayout, class S>
 EIGENBLOCKS_ALWAYS_INLINE void turn_channels(const S* x, const S* row, S* y, Index pairs) {
   if constexpr (kLayout == RopeLayout::half) {
@@ -151,17 +158,19 @@ EIGENBLOCKS_ALWAYS_INLINE void turn_channels(const S* x, const S* row, S* y, Ind
 
 }  // namespace detail
 
-/// cos(n f_p) and sin(n f_p) for any position n, from two small tables: n = 256 h + l, and the row of n is the row of l
-/// turned by the row of 256 h (one complex product per pair and token).  Both tables are computed in double and rounded
-/// once; a float row is within 1.74e-7 of the truth (1.33e-7 measured), a double row within 4.5e-16, however large n is.
+/// cos(n f_p) and sin(n f_p) for any position n, from two small tables: n = 256 h + l, and the row
+/// of n is the row of l turned by the row of 256 h, one complex product per pair and token.  Both
+/// tables are computed in double and rounded once.  However large n is, a float row is within
+/// 1.74e-7 of the truth (1.33e-7 measured), a double row within 4.5e-16.
 ///
-///   positions   integer positions [0, positions) are served by the tables; memory (256 + positions/256) R scalars.
-///               Integers outside cost R/2 sines more for each run of 256 of them, with the same result bit for bit.
-///   Real positions take R/2 sines each.
+/// Integer positions [0, positions) are served by the tables, of (256 + positions/256) R scalars.
+/// Other integers cost R/2 sines for each run of 256 of them, with the same result bit for bit.
+/// Real positions cost R/2 sines each.
 ///
-/// A row has R scalars, arranged like the channels it turns (`half`: cos | sin; `interleaved`: cos, sin, cos, sin, ...).
-/// Immutable after construction: threads share it.
-/// Errors: an unknown layout; R above 2048; positions < 0; inv_freq empty or not finite; attention_factor not positive.
+/// A row has R scalars, arranged like the channels it turns: cos | sin for `half`, cos, sin, cos,
+/// sin, ... for `interleaved`.  Immutable after construction: threads share it.
+/// Errors: an unknown layout; R above 2048; positions < 0; inv_freq empty or not finite;
+/// attention_factor not positive.
 template <RealScalar S>
 class RotaryTable {
  public:
@@ -190,13 +199,14 @@ class RotaryTable {
     return static_cast<std::size_t>(fine_.size() + coarse_.size()) * sizeof(S);
   }
 
-  /// Rows for one position after the other.  Keeps the last coarse row that is not in the table; one per thread.
+  /// Rows for one position after the other, kLayout being the table's.  One per thread: it keeps
+  /// the last coarse row that was not in the table.
   template <RopeLayout kLayout>
   class Rows {
    public:
     explicit Rows(const RotaryTable& table) : table_(table) {}
 
-    /// The row of positions' entry i: valid until the next call.  nullptr where the rotation is the identity.
+    /// The row of positions' entry i, valid until the next call; nullptr for the identity.
     const S* operator()(const RopePositions& positions, Index i) {
       Index n = 0;
       if (!positions.integer(i, n)) {
@@ -249,10 +259,11 @@ class RotaryTable {
 namespace detail {
 
 /// Channels per head, after all checks of one operand.
-inline Index require_heads(const char* name, Index cols, Index rotary_dim, const RopeOptions& options) {
+inline Index require_heads(const char* name, Index cols, Index rotary_dim,
+                           const RopeOptions& options) {
   require(options.heads >= 1, "heads (", options.heads, ") must be at least 1");
-  require(cols % options.heads == 0, "heads (", options.heads, ") must divide the columns of ", name,
-          " (", cols, ")");
+  require(cols % options.heads == 0, "heads (", options.heads, ") must divide the columns of ",
+          name, " (", cols, ")");
   const Index head_dim = cols / options.heads;
   require(options.first_channel >= 0, "first_channel (", options.first_channel,
           ") must not be negative");
@@ -283,9 +294,9 @@ template <bool kTranspose, RopeLayout kLayout, class X>
 void turn_rows(const ConstMatrixRef<X>& x, const RopePositions& positions,
                const RotaryTable<compute_t<X>>& table, MatrixRef<X> y, const RopeOptions& options,
                ExecutorRef executor) {
-  const Index head_dim = options.heads > 0 ? x.cols() / options.heads : 0;
+  const Index head_dim = x.cols() / options.heads;
   // About 128 KB of floats per task: enough to hide the hand-over, and half of a small L2.
-  const Index task_rows = std::clamp<Index>(32768 / std::max<Index>(1, x.cols()), 16, 1024);
+  const Index task_rows = std::clamp<Index>(32768 / x.cols(), 16, 1024);
   const auto task = [&](Index index, int) {
     typename RotaryTable<compute_t<X>>::template Rows<kLayout> rows(table);
     const Index end = std::min(x.rows(), (index + 1) * task_rows);
@@ -298,7 +309,8 @@ void turn_rows(const ConstMatrixRef<X>& x, const RopePositions& positions,
         continue;
       }
       for (Index head = 0; head < options.heads; ++head, from += head_dim, to += head_dim) {
-        turn_head<kTranspose, kLayout>(from, row, to, table.pairs(), options.first_channel, head_dim);
+        turn_head<kTranspose, kLayout>(from, row, to, table.pairs(), options.first_channel,
+                                       head_dim);
       }
     }
   };
@@ -325,13 +337,14 @@ void rope_apply(const char* x_name, const ConstMatrixRef<X>& x, const RopePositi
 ///   x, y        T x (heads * D); y may be x itself, but must not overlap it otherwise
 ///   positions   a first position (rows follow one by one), or a list of T
 ///   table       RotaryTable<float> for float, half and bfloat16; RotaryTable<double> for double
-/// Errors: heads < 1 or not dividing the columns; first_channel + R > D; a list of positions of another size than T; the
-/// shape of y.  T = 0 does nothing.  Cost: 6 flops per pair, one pass over memory.
+/// T = 0 does nothing.  Cost: 6 flops per pair, one pass over memory.
+/// Errors: heads < 1 or not dividing the columns; first_channel + R > D; a list of positions of
+/// another size than T; the shape of y.
 template <MatrixLike X, OutputMatrix Y>
   requires SameScalar<X, Y>
 void rope_forward(const X& x, const RopePositions& positions,
-                  const RotaryTable<compute_t<scalar_t<X>>>& table, Y&& y, const RopeOptions& options,
-                  ExecutorRef executor = {}) {
+                  const RotaryTable<compute_t<scalar_t<X>>>& table, Y&& y,
+                  const RopeOptions& options, ExecutorRef executor = {}) {
   detail::rope_apply<false, scalar_t<X>>("x", x, positions, table, "y", y, options, executor);
 }
 
@@ -345,17 +358,17 @@ void rope_in_place(X&& x, const RopePositions& positions,
 
 /// The rotated copy of x, which may be any Eigen expression or storage order.
 template <class X>
-  requires detail::EigenDense<X> && StorageScalar<scalar_t<X>>
+  requires(detail::EigenDense<X>&& StorageScalar<scalar_t<X>>)
 Matrix<scalar_t<X>> rope(const X& x, const RopePositions& positions,
-                         const RotaryTable<compute_t<scalar_t<X>>>& table, const RopeOptions& options,
-                         ExecutorRef executor = {}) {
+                         const RotaryTable<compute_t<scalar_t<X>>>& table,
+                         const RopeOptions& options, ExecutorRef executor = {}) {
   Matrix<scalar_t<X>> y = x;
   rope_in_place(y, positions, table, options, executor);
   return y;
 }
 
-/// dx = dL/dx from dy = dL/dy: pairs turn back by -n f_p, times attention_factor.  Overwrites dx, which may be dy.
-/// Errors as rope_forward.
+/// dx = dL/dx from dy = dL/dy: pairs turn back by -n f_p, times attention_factor.  Overwrites dx,
+/// which may be dy.  Errors as rope_forward.
 template <MatrixLike DY, OutputMatrix DX>
   requires SameScalar<DY, DX>
 void rope_backward(const DY& dy, const RopePositions& positions,
@@ -372,13 +385,14 @@ void rope_backward_in_place(DY&& dy, const RopePositions& positions,
   detail::rope_apply<true, scalar_t<DY>>("dy", dy, positions, table, "dy", dy, options, executor);
 }
 
-/// dL/dn of each row, for learned or optimised positions: sum over heads and pairs of f_p (dy_b y_a - dy_a y_b).
-///   y, dy        the rotated activations (not x) and the gradient with respect to them, T x (heads * D)
-///   d_positions  T entries, overwritten; summed in double
+/// dL/dn of each row, for learned or optimised positions:
+/// d_positions[i] = sum over heads and pairs of f_p (dy_b y_a - dy_a y_b), in double.
+///   y, dy   the rotated activations (not x) and the gradient with respect to them, T x (heads * D)
 /// Errors: shapes of dy and d_positions; heads and first_channel as in rope_forward.
 template <MatrixLike Y, MatrixLike DY>
   requires SameScalar<Y, DY>
-void rope_position_backward(const Y& y, const DY& dy, const RotaryTable<compute_t<scalar_t<Y>>>& table,
+void rope_position_backward(const Y& y, const DY& dy,
+                            const RotaryTable<compute_t<scalar_t<Y>>>& table,
                             VectorRef<double> d_positions, const RopeOptions& options) {
   const Index pairs = table.pairs();
   const Index head_dim = detail::require_heads("y", y.cols(), table.rotary_dim(), options);
@@ -400,15 +414,17 @@ void rope_position_backward(const Y& y, const DY& dy, const RotaryTable<compute_
   }
 }
 
-/// Reorders the rotary channels of each head from one layout to the other; channels that do not rotate stay.
+/// Reorders the rotary channels of each head from one layout to the other; the rest stays.
 ///
-///   activations   x T x (heads * D)
+///   activations   T x (heads * D)
 ///   W_q, W_k      in x (heads * D): their columns, never those of W_v or W_o
-///   biases        1 x (heads * D), or a Vector (below);   q/k-norm gains: the same, heads = 1 if shared by all heads
+///   biases        1 x (heads * D), or a Vector (below)
+///   q/k gains     the same; heads = 1 where all heads share one
 ///
-/// Scores do not change when queries and keys are converted alike.  The backward pass is the conversion back:
-/// rope_convert_layout(dy, to, from, rotary_dim, dx, options).
-/// Errors: x and y the same; shapes; rotary_dim odd or below 2; unknown layouts; heads and first_channel as in rope_forward.
+/// Scores do not change when queries and keys are converted alike.  The backward pass is the
+/// conversion back: rope_convert_layout(dy, to, from, rotary_dim, dx, options).
+/// Errors: x and y the same; the shape of y; rotary_dim odd or below 2; unknown layouts; heads and
+/// first_channel as in rope_forward.
 template <MatrixLike X, OutputMatrix Y>
   requires SameScalar<X, Y>
 void rope_convert_layout(const X& x, RopeLayout from, RopeLayout to, Index rotary_dim, Y&& y,
@@ -419,7 +435,8 @@ void rope_convert_layout(const X& x, RopeLayout from, RopeLayout to, Index rotar
                   ") must be even and at least 2");
   const Index head_dim = detail::require_heads("x", x.cols(), rotary_dim, options);
   detail::require_shape("y", y.rows(), y.cols(), x.rows(), x.cols(), "the shape of x");
-  detail::require(x.size() == 0 || x.data() != y.data(), "y must not be x: the conversion cannot work in place");
+  detail::require(x.size() == 0 || x.data() != y.data(),
+                  "y must not be x: the conversion cannot work in place");
   y = x;
   if (from == to) return;
   const Index pairs = rotary_dim / 2;
@@ -442,8 +459,8 @@ void rope_convert_layout(const X& x, RopeLayout from, RopeLayout to, Index rotar
 
 /// The converted copy of a matrix.
 template <MatrixLike X>
-Matrix<scalar_t<X>> rope_convert_layout(const X& x, RopeLayout from, RopeLayout to, Index rotary_dim,
-                                        const RopeOptions& options) {
+Matrix<scalar_t<X>> rope_convert_layout(const X& x, RopeLayout from, RopeLayout to,
+                                        Index rotary_dim, const RopeOptions& options) {
   Matrix<scalar_t<X>> y(x.rows(), x.cols());
   rope_convert_layout(x, from, to, rotary_dim, y, options);
   return y;

@@ -408,24 +408,18 @@ TEST_CASE("float tolerances: the max norm, 5e-5 for values and 5e-4 for gradient
   fails(with(1.0, 1.051), {"gin.x[1]", "tolerance 0.05"});
 }
 
-TEST_CASE("float tolerances: what cancelled is measured by its operands") {
-  const auto with = [](const std::string& op, double x, double y) {
-    eb::SafetensorsWriter writer = fixture(op);
-    writer.add("in.x", row({x, 0})).add("out.y", row({0, 0})).metadata("param.factor", "0");
-    writer.add("gout.y", row({y, 0})).add("gin.x", row({0, 0}));
-    return writer;
-  };
-  passes(run_one(with("scale", 8, 8), true));
-  // 1/200 of the largest operand, 1000, is 5: values may be off by 2.5e-4 and no more.
-  const auto off_by = [](double error) {
+TEST_CASE("float tolerances: a tensor of rounding errors is measured by the operands") {
+  const auto off_by = [](double error, double size) {
     eb::SafetensorsWriter writer = fixture("scale");
-    writer.add("in.x", row({0, 0, 1000}))
-        .add("out.y", row({0, error, 0}))
+    writer.add("in.x", row({0, 1000}))
+        .add("out.y", row({error, size}))
         .metadata("param.factor", "0");
     return run_one(writer, true);
   };
-  passes(off_by(2.4e-4));
-  fails(off_by(2.6e-4), {"out.y[1]", "tolerance 0.00025"});
+  passes(off_by(2.4e-4, 0));  // 1/200 of 1000 is 5, 5e-5 of that 2.5e-4
+  fails(off_by(2.6e-4, 0), {"out.y[0]", "tolerance 0.00025"});
+  fails(off_by(0, 2e-3),
+        {"out.y[1]: got 0"});  // above 2^-20 of 1000 a tensor is measured by itself
 }
 
 TEST_CASE("float: what is exact stays exact") {

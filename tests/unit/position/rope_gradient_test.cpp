@@ -69,7 +69,8 @@ TEST_CASE("forward and backward are adjoint in float too") {
   Random random(12);
   for (const RopeLayout layout : kLayouts) {
     const RotaryTable<float> table(rope_frequencies(32), layout);
-    const Matrix<float> x = normal_matrix<float>(random, 31, 96), dy = normal_matrix<float>(random, 31, 96);
+    const Matrix<float> x = normal_matrix<float>(random, 31, 96),
+                        dy = normal_matrix<float>(random, 31, 96);
     Matrix<float> y(31, 96), dx(31, 96);
     rope_forward(x, 4000, table, y, {.heads = 3});
     rope_backward(dy, 4000, table, dx, {.heads = 3});
@@ -98,9 +99,11 @@ TEST_CASE("rope_position_backward checks its shapes") {
   const Matrix<double> y = Matrix<double>::Ones(2, 8), narrow = Matrix<double>::Ones(2, 4);
   Vector<double> gradient = Vector<double>::Constant(2, 7.0), longer(3);
   CHECK_THROWS_WITH_AS(rope_position_backward(y, narrow, table, gradient, {.heads = 2}),
-                       "eigenblocks: dy is 2 x 4, expected 2 x 8 (the shape of y)", invalid_argument);
+                       "eigenblocks: dy is 2 x 4, expected 2 x 8 (the shape of y)",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(rope_position_backward(y, y, table, longer, {.heads = 2}),
-                       "eigenblocks: d_positions has 3 entries, expected 2 (one for each row of y)", invalid_argument);
+                       "eigenblocks: d_positions has 3 entries, expected 2 (one for each row of y)",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(rope_position_backward(y, y, table, gradient, {.heads = 3}),
                        "eigenblocks: heads (3) must divide the columns of y (8)", invalid_argument);
   CHECK(gradient == Vector<double>::Constant(2, 7.0));

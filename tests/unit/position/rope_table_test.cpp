@@ -12,7 +12,8 @@ namespace {
 
 using namespace eigenblocks;
 
-/// cos (columns 0 .. R/2-1) and sin (the rest) of a table at the listed positions: what it does to (1, 0).
+/// cos (columns 0 .. R/2-1) and sin (the rest) of a table at the listed positions: what it does to
+/// (1, 0).
 template <class S>
 Matrix<S> rows_of(const RotaryTable<S>& table, const RopePositions& positions, Index count) {
   const Index pairs = table.pairs();
@@ -21,7 +22,8 @@ Matrix<S> rows_of(const RotaryTable<S>& table, const RopePositions& positions, I
   for (Index p = 0; p < pairs; ++p) unit.col(half ? p : 2 * p).setOnes();
   rope_forward(unit, positions, table, out, {.heads = 1});
   if (half) return out;
-  return rope_convert_layout(out, RopeLayout::interleaved, RopeLayout::half, 2 * pairs, {.heads = 1});
+  return rope_convert_layout(out, RopeLayout::interleaved, RopeLayout::half, 2 * pairs,
+                             {.heads = 1});
 }
 
 template <class S>
@@ -44,10 +46,13 @@ std::vector<double> spread(double first, int count) {
 
 }  // namespace
 
-TEST_CASE("table rows are as good at 1e9 as at 0: within 1.74e-7 (float), 4.5e-16 (double) of the truth") {
-  // c = c_h c_l - s_h s_l.  The four entries are off by u = 2^-25 at most, which costs (|c_h| + |s_h| + |c_l| + |s_l|) u
-  // <= 2 sqrt(2) u; two products and their difference round by u each: (2 sqrt(2) + 3) u.  Measured: 1.33e-7.
-  // In double u is 2^-54, and the entries themselves are right to 2.2e-16 only.
+TEST_CASE(
+    "table rows are as good at 1e9 as at 0: within 1.74e-7 (float), 4.5e-16 (double) of the "
+    "truth") {
+  // c = c_h c_l - s_h s_l.  The four entries are off by u = 2^-25 at most, which costs (|c_h| +
+  // |s_h| + |c_l| + |s_l|) u <= 2 sqrt(2) u; two products and their difference round by u each: (2
+  // sqrt(2) + 3) u.  Measured: 1.33e-7. In double u is 2^-54, and the entries themselves are right
+  // to 2.2e-16 only.
   constexpr double kFloat = 1.74e-7, kDouble = 4.5e-16;
   for (const RopeLayout layout : {RopeLayout::interleaved, RopeLayout::half}) {
     for (const double first : {0.0, 65000.0, 1e6, 1e7, 1e9}) {
@@ -63,8 +68,9 @@ TEST_CASE("table rows are as good at 1e9 as at 0: within 1.74e-7 (float), 4.5e-1
 }
 
 TEST_CASE("relative angles survive at long positions, where float angles do not") {
-  // The table of the study: cos of the relative angle between P + d and P, d = 1 .. 64; the float column is what a model in
-  // transformers computes.  Ours stays at the size of two rounded rows; the bounds of the rival are half of what it measured.
+  // The table of the study: cos of the relative angle between P + d and P, d = 1 .. 64; the float
+  // column is what a model in transformers computes.  Ours stays at the size of two rounded rows;
+  // the bounds of the rival are half of what it measured.
   const RotaryFrequencies f = rope_frequencies(128);
   const RotaryTable<float> table(f, RopeLayout::half, 0);
   const struct {
@@ -80,7 +86,8 @@ TEST_CASE("relative angles survive at long positions, where float angles do not"
       for (Index p = 0; p < 64; ++p) {
         const double want = std::cos(static_cast<double>(d) * f.inv_freq[p]);
         const auto entry = [&](Index i, Index j) { return static_cast<double>(rows(i, j)); };
-        ours = std::max(ours, std::abs(entry(0, p) * entry(d, p) + entry(0, 64 + p) * entry(d, 64 + p) - want));
+        ours = std::max(
+            ours, std::abs(entry(0, p) * entry(d, p) + entry(0, 64 + p) * entry(d, 64 + p) - want));
         const float rounded = static_cast<float>(f.inv_freq[p]);
         const double a = static_cast<double>(static_cast<float>(position) * rounded);
         const double b = static_cast<double>(static_cast<float>(position + d) * rounded);
@@ -92,8 +99,9 @@ TEST_CASE("relative angles survive at long positions, where float angles do not"
   }
 }
 
-TEST_CASE_TEMPLATE("a row depends on its position only: not on the table's size, nor on how it is asked for", S, float,
-                   double) {
+TEST_CASE_TEMPLATE(
+    "a row depends on its position only: not on the table's size, nor on how it is asked for", S,
+    float, double) {
   const RotaryFrequencies f = rope_frequencies(22);
   for (const RopeLayout layout : {RopeLayout::interleaved, RopeLayout::half}) {
     const RotaryTable<S> big(f, layout, 70000);
@@ -159,21 +167,23 @@ TEST_CASE("a table takes any frequencies and reports its sizes") {
 TEST_CASE("RotaryTable refuses what it cannot hold") {
   const RotaryFrequencies f = rope_frequencies(8);
   CHECK_THROWS_WITH_AS(RotaryTable<float>(f, static_cast<RopeLayout>(7)),
-                       "eigenblocks: layout (7) must be interleaved (0) or half (1)", invalid_argument);
-  CHECK_THROWS_WITH_AS(RotaryTable<float>(f, RopeLayout::half, -1), "eigenblocks: positions (-1) must not be negative",
+                       "eigenblocks: layout (7) must be interleaved (0) or half (1)",
                        invalid_argument);
+  CHECK_THROWS_WITH_AS(RotaryTable<float>(f, RopeLayout::half, -1),
+                       "eigenblocks: positions (-1) must not be negative", invalid_argument);
   CHECK_THROWS_WITH_AS(RotaryTable<float>(rope_frequencies(2050), RopeLayout::half),
                        "eigenblocks: rotary_dim (2050) must be at most 2048", invalid_argument);
   RotaryFrequencies bad = f;
   bad.inv_freq.resize(0);
-  CHECK_THROWS_WITH_AS(RotaryTable<float>(bad, RopeLayout::half), doctest::Contains("inv_freq has 0 entries"),
-                       invalid_argument);
+  CHECK_THROWS_WITH_AS(RotaryTable<float>(bad, RopeLayout::half),
+                       doctest::Contains("inv_freq has 0 entries"), invalid_argument);
   bad = f;
   bad.inv_freq[3] = HUGE_VAL;
-  CHECK_THROWS_WITH_AS(RotaryTable<float>(bad, RopeLayout::half), "eigenblocks: inv_freq[3] (inf) must be finite",
-                       invalid_argument);
+  CHECK_THROWS_WITH_AS(RotaryTable<float>(bad, RopeLayout::half),
+                       "eigenblocks: inv_freq[3] (inf) must be finite", invalid_argument);
   bad = f;
   bad.attention_factor = 0;
   CHECK_THROWS_WITH_AS(RotaryTable<float>(bad, RopeLayout::half),
-                       "eigenblocks: attention_factor (0) must be positive and finite", invalid_argument);
+                       "eigenblocks: attention_factor (0) must be positive and finite",
+                       invalid_argument);
 }

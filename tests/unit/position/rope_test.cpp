@@ -19,8 +19,9 @@ using namespace eigenblocks;
 constexpr RopeLayout kLayouts[] = {RopeLayout::interleaved, RopeLayout::half};
 
 /// The definition, pair by pair, in double.
-Matrix<double> definition(const Matrix<double>& x, const RopePositions& positions, const RotaryFrequencies& f,
-                          RopeLayout layout, const RopeOptions& options) {
+Matrix<double> definition(const Matrix<double>& x, const RopePositions& positions,
+                          const RotaryFrequencies& f, RopeLayout layout,
+                          const RopeOptions& options) {
   Matrix<double> y = x;
   const Index head_dim = x.cols() / options.heads;
   for (Index i = 0; i < x.rows(); ++i) {
@@ -38,7 +39,8 @@ Matrix<double> definition(const Matrix<double>& x, const RopePositions& position
   return y;
 }
 
-/// Relative error of a rotation: a rounded row (1.3e-7 or 4.5e-16, see rope_table_test), two products, one sum.
+/// Relative error of a rotation: a rounded row (1.3e-7 or 4.5e-16, see rope_table_test), two
+/// products, one sum.
 template <class S>
 constexpr double kRotation = std::is_same_v<S, float> ? 3e-7 : 1e-15;
 /// |entries| of a standard normal sample of this size stay below this.
@@ -66,7 +68,8 @@ TEST_CASE_TEMPLATE("forward and backward follow the definition", S, float, doubl
             const Matrix<S> x = normal_matrix<S>(random, rows, heads * (rotary_dim + first + 2));
             Matrix<S> y(rows, x.cols());
             rope_forward(x, 300, table, y, options);
-            const Matrix<double> want = definition(x.template cast<double>(), 300, f, layout, options);
+            const Matrix<double> want =
+                definition(x.template cast<double>(), 300, f, layout, options);
             REQUIRE((y.template cast<double>() - want).template lpNorm<Eigen::Infinity>() <=
                     2 * kLargest * kRotation<S> + 300 * 1e-15);
             for (Index i = 0; i < rows; ++i) {
@@ -79,7 +82,8 @@ TEST_CASE_TEMPLATE("forward and backward follow the definition", S, float, doubl
             rope_backward(x, 300, table, y, options);
             std::vector<double> negative;
             for (Index i = 0; i < rows; ++i) negative.push_back(-300.0 - static_cast<double>(i));
-            const Matrix<double> back = definition(x.template cast<double>(), negative, f, layout, options);
+            const Matrix<double> back =
+                definition(x.template cast<double>(), negative, f, layout, options);
             REQUIRE((y.template cast<double>() - back).template lpNorm<Eigen::Infinity>() <=
                     2 * kLargest * kRotation<S> + 300 * 1e-15);
           }
@@ -96,12 +100,16 @@ TEST_CASE_TEMPLATE("negative and fractional positions", S, float, double) {
   for (const RopeLayout layout : kLayouts) {
     const Matrix<S> x = normal_matrix<S>(random, 7, 2 * 20);
     const Matrix<S> y = rope(x, positions, RotaryTable<S>(f, layout), {.heads = 2});
-    const Matrix<double> want = definition(x.template cast<double>(), positions, f, layout, {.heads = 2});
-    CHECK((y.template cast<double>() - want).cwiseAbs().maxCoeff() <= 2 * kLargest * kRotation<S> + 2e4 * 1e-15);
+    const Matrix<double> want =
+        definition(x.template cast<double>(), positions, f, layout, {.heads = 2});
+    CHECK((y.template cast<double>() - want).cwiseAbs().maxCoeff() <=
+          2 * kLargest * kRotation<S> + 2e4 * 1e-15);
   }
 }
 
-TEST_CASE_TEMPLATE("all forms agree bit for bit: in place, views, expressions, chunks, single steps", S, float, double) {
+TEST_CASE_TEMPLATE(
+    "all forms agree bit for bit: in place, views, expressions, chunks, single steps", S, float,
+    double) {
   Random random(3);
   const Index rows = 70, heads = 2, cols = heads * 26;
   RotaryFrequencies f = rope_frequencies(22);
@@ -175,9 +183,11 @@ TEST_CASE("results do not depend on the executor") {
 }
 
 TEST_CASE("position 0 is the identity, bit for bit, unless there is an attention factor") {
-  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  const float inf = std::numeric_limits<float>::infinity(),
+              nan = std::numeric_limits<float>::quiet_NaN();
   Matrix<float> x(2, 8);
-  x << -0.0f, -1.0f, 0.0f, -0.0f, inf, nan, 1e-42f, -2.0f, 1.0f, -0.0f, -0.0f, 5.0f, -inf, 3.0f, -nan, 0.0f;
+  x << -0.0f, -1.0f, 0.0f, -0.0f, inf, nan, 1e-42f, -2.0f, 1.0f, -0.0f, -0.0f, 5.0f, -inf, 3.0f,
+      -nan, 0.0f;
   for (const RopeLayout layout : kLayouts) {
     RotaryFrequencies f = rope_frequencies(4);
     const RotaryTable<float> table(f, layout);
@@ -223,13 +233,15 @@ TEST_CASE_TEMPLATE("laws of rotations", S, float, double) {
       // Scores depend on the distance only; 96 products of size up to kLargest^2 are summed.
       CHECK(std::abs(double(score(n + 30, n)) - double(score(30, 0))) <= 100 * kLargest * kBound);
     }
-    // The score in closed form (half the point of RoPE): sum of (q_a k_a + q_b k_b) cos + (q_a k_b - q_b k_a) sin.
+    // The score in closed form (half the point of RoPE): sum of (q_a k_a + q_b k_b) cos + (q_a k_b
+    // - q_b k_a) sin.
     double want = 0;
     for (Index head = 0; head < heads; ++head) {
       for (Index p = 0; p < 16; ++p) {
         const Index a = head * 32 + (layout == RopeLayout::half ? p : 2 * p);
         const Index b = head * 32 + (layout == RopeLayout::half ? p + 16 : 2 * p + 1);
-        const double qa = double(q(0, a)), qb = double(q(0, b)), ka = double(k(0, a)), kb = double(k(0, b));
+        const double qa = double(q(0, a)), qb = double(q(0, b)), ka = double(k(0, a)),
+                     kb = double(k(0, b));
         const double angle = 30 * f.inv_freq[p];
         want += (qa * ka + qb * kb) * std::cos(angle) + (qa * kb - qb * ka) * std::sin(angle);
       }
@@ -238,14 +250,15 @@ TEST_CASE_TEMPLATE("laws of rotations", S, float, double) {
   }
 }
 
-TEST_CASE_TEMPLATE("16-bit activations: angles in double, arithmetic in float, one rounding", H, Eigen::half,
-                   Eigen::bfloat16) {
+TEST_CASE_TEMPLATE("16-bit activations: angles in double, arithmetic in float, one rounding", H,
+                   Eigen::half, Eigen::bfloat16) {
   Random random(6);
   for (const RopeLayout layout : kLayouts) {
     const RotaryTable<float> table(rope_frequencies(22), layout, 256);
     const RopeOptions options{.heads = 3, .first_channel = 2};
     const Matrix<H> x = normal_matrix<float>(random, 9, 3 * 27).template cast<H>();
-    const Matrix<float> wide = rope(Matrix<float>(x.template cast<float>()), 100'000, table, options);
+    const Matrix<float> wide =
+        rope(Matrix<float>(x.template cast<float>()), 100'000, table, options);
     Matrix<H> y(9, 81);
     rope_forward(x, 100'000, table, y, options);
     CHECK(y.template cast<float>() == wide.template cast<H>().template cast<float>());
@@ -254,7 +267,8 @@ TEST_CASE_TEMPLATE("16-bit activations: angles in double, arithmetic in float, o
     CHECK(z.template cast<float>() == y.template cast<float>());
     rope_backward_in_place(z, 100'000, table, options);
     // Two roundings of 2^-9 (bfloat16; half: 2^-12) of values below kLargest.
-    CHECK((z.template cast<float>() - x.template cast<float>()).cwiseAbs().maxCoeff() <= 2 * 6.0f * 0x1p-9f * 1.5f);
+    CHECK((z.template cast<float>() - x.template cast<float>()).cwiseAbs().maxCoeff() <=
+          2 * 6.0f * 0x1p-9f * 1.5f);
   }
 }
 
@@ -268,21 +282,26 @@ TEST_CASE("every error names its argument and leaves the output alone") {
   };
   refuse("eigenblocks: heads (0) must be at least 1", {});
   refuse("eigenblocks: heads (3) must divide the columns of x (16)", {.heads = 3});
-  refuse("eigenblocks: first_channel (0) + rotary_dim (8) must be at most the head size (4)", {.heads = 4});
+  refuse("eigenblocks: first_channel (0) + rotary_dim (8) must be at most the head size (4)",
+         {.heads = 4});
   refuse("eigenblocks: first_channel (1) + rotary_dim (8) must be at most the head size (8)",
          {.heads = 2, .first_channel = 1});
   refuse("eigenblocks: first_channel (-1) must not be negative", {.heads = 2, .first_channel = -1});
-  CHECK_THROWS_WITH_AS(rope_forward(x, two, table, y, {.heads = 2}),
-                       "eigenblocks: positions has 2 entries, expected 3 (one for each row of the input)",
-                       invalid_argument);
+  CHECK_THROWS_WITH_AS(
+      rope_forward(x, two, table, y, {.heads = 2}),
+      "eigenblocks: positions has 2 entries, expected 3 (one for each row of the input)",
+      invalid_argument);
   CHECK_THROWS_WITH_AS(rope_forward(x, 0, table, wrong, {.heads = 2}),
-                       "eigenblocks: y is 2 x 16, expected 3 x 16 (the shape of the input)", invalid_argument);
-  CHECK_THROWS_WITH_AS(rope_in_place(y, two, table, {.heads = 2}), doctest::Contains("positions has 2 entries"),
+                       "eigenblocks: y is 2 x 16, expected 3 x 16 (the shape of the input)",
                        invalid_argument);
+  CHECK_THROWS_WITH_AS(rope_in_place(y, two, table, {.heads = 2}),
+                       doctest::Contains("positions has 2 entries"), invalid_argument);
   CHECK_THROWS_WITH_AS(rope_backward(x, 0, table, wrong, {.heads = 2}),
-                       "eigenblocks: dx is 2 x 16, expected 3 x 16 (the shape of the input)", invalid_argument);
+                       "eigenblocks: dx is 2 x 16, expected 3 x 16 (the shape of the input)",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(rope_backward(x, 0, table, y, {.heads = 5}),
-                       "eigenblocks: heads (5) must divide the columns of dy (16)", invalid_argument);
+                       "eigenblocks: heads (5) must divide the columns of dy (16)",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(rope_backward_in_place(y, two, table, {.heads = 2}),
                        doctest::Contains("positions has 2 entries"), invalid_argument);
   CHECK(y == Matrix<float>::Constant(3, 16, 7.0f));

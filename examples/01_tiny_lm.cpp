@@ -1,0 +1,155 @@
+// Trains a small LLaMA-style decoder on a text, byte by byte, and lets it write.
+//
+//   01_tiny_lm                                        the King James Bible, 1000 steps, one or two minutes
+//   01_tiny_lm --text FILE --steps 2000 --save my.safetensors
+//   01_tiny_lm --load my.safetensors --prompt "In the beginning" --temperature 0.7
+//   01_tiny_lm --stop 400 --save half.safetensors     stops early; then
+//   01_tiny_lm --resume half.safetensors              goes on, to the same bits as an uninterrupted run
+//
+// The last line is `validation_loss X`: nats per byte, the mean over all targets of 256 windows of the training length, spread
+// evenly over the held-out blocks.
+#include "support/arguments.hpp"
+#include "support/llama.hpp"
+#include "support/text.hpp"
+#include "support/trainer.hpp"
+
+#include <eigenblocks/core/thread_pool.hpp>
+#include <eigenblocks/nn/sampling.hpp>
+
+#include <chrono>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <string>
+#include <thread>
+
+namespace {
+
+using namespace example;
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void train(Trainer<float>& trainer, const Corpus& corpus, Index stop, ExecutorRef executor) {
+  const TrainingPlan& plan = trainer.plan();
+  const double start = seconds();
+  const Index first = trainer.step();
+  double shown = start, running = 0;
+  while (trainer.step() < stop) {
+    const Index step = trainer.step();
+    const Batch batch = training_batch(corpus, static_cast<std::uint64_t>(plan.seed), step, plan.batch, plan.length);
+    const double loss = trainer.train(batch.ids, batch.targets, executor);
+    running = step == first ? loss : 0.95 * running + 0.05 * loss;
+    if (seconds() - shown > 2.0 || trainer.step() == stop) {
+      shown = seconds();
+      const double per_step = (shown - start) / static_cast<double>(trainer.step() - first);
+      std::printf("step %5lld/%lld  loss %.3f  %.0f tokens/s  %.0f s left\n", static_cast<long long>(trainer.step()),
+                  static_cast<long long>(plan.steps), running, static_cast<double>(plan.batch * plan.length) / per_step,
+                  per_step * static_cast<double>(stop - trainer.step()));
+      std::fflush(stdout);
+    }
+  }
+}
+
+double validation_loss(const Llama<float>& model, const LlamaWeights<float>& weights, const Corpus& corpus, Index length) {
+  const Batch batch = validation_batch(corpus, 256, length);
+  Llama<float>::Slice slice;
+  double sum = 0;
+  const std::span<const Index> ids(batch.ids), targets(batch.targets);
+  for (std::size_t at = 0; at < ids.size(); at += static_cast<std::size_t>(length)) {
+    const auto n = static_cast<std::size_t>(length);
+    const auto& logits = model.forward(weights, ids.subspan(at, n), {}, slice);
+    sum += eb::cross_entropy(logits, targets.subspan(at, n), {.reduction = eb::Reduction::sum});
+  }
+  return sum / static_cast<double>(ids.size());
+}
+
+/// Continues the prompt with the cache of keys and values: the prompt in one step, then one token at a time.
+std::string write_text(const Llama<float>& model, const LlamaWeights<float>& weights, const std::string& prompt, Index tokens,
+                       const eb::SamplingOptions& sampling, std::uint64_t seed) {
+  std::vector<Index> ids;
+  for (const char c : prompt) ids.push_back(static_cast<unsigned char>(c));
+  auto state = model.state(static_cast<Index>(ids.size()) + tokens);
+  eb::Random random(seed, 0);
+  eb::SamplingWorkspace<float> workspace;
+  Matrix<float> logits;
+  std::string text = prompt;
+  for (Index t = 0; t < tokens; ++t) {
+    model.step(weights, state, ids, logits);
+    const auto last = logits.row(logits.rows() - 1);
+    const Index next = sampling.temperature > 0 ? eb::sample_token(last, random.uniform(), sampling, workspace)
+                                                : eb::argmax(last);
+    text += static_cast<char>(next);
+    ids.assign(1, next);
+  }
+  return text;
+}
+
+int run(int argc, char** argv) {
+  const std::string folder = std::filesystem::path(argv[0]).parent_path().string();
+  Arguments arguments({{"text", EIGENBLOCKS_SOURCE_DIR "/examples/data/kjv.txt"},
+                       {"steps", "1000"},
+                       {"stop", "0"},
+                       {"length", "64"},
+                       {"batch", "32"},
+                       {"seed", "1"},
+                       {"threads", std::to_string(std::max(1u, std::thread::hardware_concurrency()))},
+                       {"save", (folder.empty() ? "." : folder) + "/tiny_lm.safetensors"},
+                       {"load", ""},
+                       {"resume", ""},
+                       {"prompt", "In the beginning "},
+                       {"tokens", "400"},
+                       {"temperature", "0.8"},
+                       {"top-p", "0.95"}});
+  arguments.parse(argc, argv);
+  const std::string &load = arguments.text("load"), &resume = arguments.text("resume");
+  if (!load.empty() && !resume.empty()) throw usage_error("--load and --resume exclude each other");
+  if (arguments.text("prompt").empty()) throw usage_error("--prompt must not be empty");
+
+  TrainingPlan plan;
+  if (!resume.empty()) {
+    plan = Trainer<float>::saved_plan(resume);
+    if (arguments.given("steps")) plan.steps = arguments.integer("steps", 1);
+  } else {
+    plan.steps = arguments.integer("steps", 1);
+    plan.length = arguments.integer("length", 1);
+    plan.batch = arguments.integer("batch", 1);
+    plan.seed = arguments.integer("seed", 0);
+  }
+  const eb::SamplingOptions sampling{.temperature = arguments.real("temperature", 0), .top_p = arguments.real("top-p", 0)};
+  if (sampling.top_p > 1) throw usage_error("--top-p must be at most 1");
+  const Index stop = arguments.integer("stop", 0), tokens = arguments.integer("tokens", 0);
+  const eb::thread_pool pool(static_cast<int>(arguments.integer("threads", 1)));
+
+  const Corpus corpus = read_corpus(arguments.text("text"));
+  require_length(corpus, plan.length, arguments.text("text"));
+  const Llama<float> model(LlamaConfig{});
+  Trainer<float> trainer(model, plan);
+  if (!load.empty()) trainer.load(load, false);
+  if (!resume.empty()) trainer.load(resume, true);
+
+  if (load.empty()) {
+    std::printf("training on %zu bytes of %s, %lld steps of %lld x %lld bytes\n", corpus.training.size(),
+                arguments.text("text").c_str(), static_cast<long long>(plan.steps), static_cast<long long>(plan.batch),
+                static_cast<long long>(plan.length));
+    train(trainer, corpus, stop > 0 ? std::min(stop, plan.steps) : plan.steps, pool);
+    trainer.save(arguments.text("save"), true);
+    std::printf("saved %s\n", arguments.text("save").c_str());
+  }
+  std::printf("\n%s\n\n", write_text(model, trainer.weights(), arguments.text("prompt"), tokens, sampling,
+                                     static_cast<std::uint64_t>(plan.seed)).c_str());
+  std::printf("validation_loss %.4f\n", validation_loss(model, trainer.weights(), corpus, plan.length));
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "01_tiny_lm: %s\n", error.what());
+    return 1;
+  }
+}
