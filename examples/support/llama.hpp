@@ -33,6 +33,7 @@ struct LlamaConfig {
   double rope_base = 10000.0, eps = 1e-6;
   bool tied = true;  ///< the output matrix is the embedding, transposed
   eb::RopeLayout rope_layout = eb::RopeLayout::half;
+  Index window_left = -1;  ///< keys a token sees before itself; -1 is all of them
 };
 
 template <class S>
@@ -82,7 +83,8 @@ class Llama {
                     .kv_heads = config.kv_heads,
                     .head_dim = config.width / config.heads,
                     .rope_base = config.rope_base,
-                    .rope_layout = config.rope_layout}) {}
+                    .rope_layout = config.rope_layout,
+                    .window_left = config.window_left}) {}
 
   const LlamaConfig& config() const { return config_; }
 

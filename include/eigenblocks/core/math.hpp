@@ -7,9 +7,11 @@
 //
 // Why not Eigen's: in 3.4 the float logistic is off by 5e-4 near x = -8, and double tanh, erf and log1p are scalar
 // (13-16 ns per element).  Error bounds, float and double, over the whole line (tests/unit/core/math_test.cpp has
-// the same table): sigmoid, silu, tanh, softplus 4 ulp; normal_cdf, gelu 8 ulp; gelu_tanh 24 ulp (its lower tail); as long
-// as e^-|x| (e^(-x^2/2) for the normal ones) is a normal number, beyond that the exact limit.  None overflows on the
-// way; limits at +-inf are exact; NaN stays NaN.
+// the same table): sigmoid, silu, tanh, softplus 4 ulp, silu_grad 6; normal_cdf, gelu 8 ulp, gelu_grad 8 + x^2; gelu_tanh
+// and its derivative 8 ulp, in the lower tail 8 + 3 |2u|, u the argument of the tanh (the rounding of an exponent is
+// relative to it).  Derivatives count in units of the larger of their two terms.  The bounds hold as long as the tail that
+// the function is made of (e^-|x|, Phi(-|x|), e^-|2u|) is a normal number; beyond that comes the exact limit.  None
+// overflows on the way; limits at +-inf are exact; NaN stays NaN.
 //
 // Row form: transform(in, out, n, f) applies f, a generic callable on packets and scalars, to n contiguous numbers;
 // in == out is allowed.

@@ -14,7 +14,7 @@
 // Why own exponentials: Eigen 3.4's exp(-inf) is 2.9e-39, not 0, so masked entries would leak; and these are 2x faster.
 // Contracts (|x| anywhere; tests walk them):
 //   exp2   float <= 1.5 ulp, double <= 1.5 ulp where the result is a normal number; below that 0 or a subnormal;
-//          exp2(-inf) = 0, exp2(0) = 1; NaN stays NaN.  Requires x < 128 (float), x < 1024 (double): kernels call it with x <= 0.
+//          exp2(-inf) = 0, exp2(0) = 1; NaN stays NaN.  Requires x <= 127 (float), x <= 1023 (double): kernels call it with x <= 0.
 //   exp    the same for every x; overflow gives inf.
 #pragma once
 
@@ -226,7 +226,7 @@ EIGENBLOCKS_SIMD P exp(const P& x) {
   const P p = add(set1<P>(S(1)), fma(mul(r, r), detail::exp_tail(r), r));
   constexpr bool single = std::is_same_v<S, float>;
   const P low = set1<P>(single ? S(-87.3365478515625) : S(-708.39641853226408));   // log of the smallest normal
-  const P high = set1<P>(single ? S(88.722839355468750) : S(709.78271289338397));  // log of the largest
+  const P high = set1<P>(single ? S(88.72283172607421875) : S(709.78271289338397));  // log of the largest
   P y = detail::add_exponent(p, rounded);
   y = select(less(x, low), zero<P>(), y);
   y = select(less(high, x), set1<P>(std::numeric_limits<S>::infinity()), y);

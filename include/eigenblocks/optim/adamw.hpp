@@ -28,8 +28,8 @@ struct AdamWOptions {
 
 template <RealScalar S>
 struct AdamWState {
-  Matrix<S> m, v;  ///< shape of the parameter (vectors: 1 x n); empty before the first step
-  Index step = 0;  ///< steps done
+  Matrix<S> m{}, v{};  ///< shape of the parameter (vectors: 1 x n); empty before the first step
+  Index step = 0;      ///< steps done
 
   friend bool operator==(const AdamWState& a, const AdamWState& b) {
     return a.step == b.step && detail::same_matrix(a.m, b.m) && detail::same_matrix(a.v, b.v);

@@ -73,8 +73,8 @@ struct MuonOptions {
 
 template <RealScalar S>
 struct MuonState {
-  Matrix<S> momentum;   ///< shape of the weight; empty before the first step
-  Workspace workspace;  ///< scratch, not part of the value
+  Matrix<S> momentum{};   ///< shape of the weight; empty before the first step
+  Workspace workspace{};  ///< scratch, not part of the value
 
   friend bool operator==(const MuonState& a, const MuonState& b) {
     return detail::same_matrix(a.momentum, b.momentum);

@@ -26,7 +26,7 @@ struct SgdOptions {
 
 template <RealScalar S>
 struct SgdState {
-  Matrix<S> buffer;      ///< shape of the parameter (vectors: 1 x n)
+  Matrix<S> buffer{};    ///< shape of the parameter (vectors: 1 x n)
   bool started = false;  ///< the buffer holds something
 
   friend bool operator==(const SgdState& a, const SgdState& b) {

@@ -4,32 +4,52 @@
 #include <eigenblocks/core/thread_pool.hpp>
 #include <eigenblocks/optim/muon.hpp>
 
-#include <Eigen/SVD>
-
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 using namespace eigenblocks;
 
 namespace {
 
-struct Svd {
+// Products through the library's wrappers: every further product expression costs seconds of compile time here.
+Matrix<double> nn(const Matrix<double>& a, const Matrix<double>& b) {
+  Matrix<double> c(a.rows(), b.cols());
+  detail::product_nn<double>(a, b, c);
+  return c;
+}
+Matrix<double> nt(const Matrix<double>& a, const Matrix<double>& b) {
+  Matrix<double> c(a.rows(), b.rows());
+  detail::product_nt<double>(a, b, c);
+  return c;
+}
+
+/// rows x cols with orthonormal columns (rows >= cols): Gram-Schmidt, twice.
+Matrix<double> orthonormal(Random& random, Index rows, Index cols) {
+  Matrix<double> q = normal_matrix<double>(random, rows, cols);
+  for (Index j = 0; j < cols; ++j) {
+    for (int pass = 0; pass < 2; ++pass) {
+      for (Index i = 0; i < j; ++i) q.col(j) -= q.col(i).dot(q.col(j)) * q.col(i);
+    }
+    q.col(j).normalize();
+  }
+  return q;
+}
+
+/// A matrix made from its singular value decomposition, u diag(s) v^T.
+struct Decomposed {
+  Decomposed(Random& random, Index rows, Index cols)
+      : u(orthonormal(random, rows, std::min(rows, cols))),
+        v(orthonormal(random, cols, std::min(rows, cols))),
+        s(std::min(rows, cols)) {
+    for (double& value : s) value = 0.05 + random.uniform();
+  }
+  Matrix<double> with(const Vector<double>& values) const {
+    return nt(u * values.asDiagonal(), v);
+  }
   Matrix<double> u, v;
   Vector<double> s;
-  explicit Svd(const Matrix<double>& m) {
-#if EIGEN_VERSION_AT_LEAST(5, 0, 0)  // the run-time form is deprecated there, the other absent before
-    const Eigen::JacobiSVD<Matrix<double>, Eigen::ComputeThinU | Eigen::ComputeThinV> svd(m);
-#else
-    const Eigen::JacobiSVD<Matrix<double>> svd(m, Eigen::ComputeThinU | Eigen::ComputeThinV);
-#endif
-    u = svd.matrixU();
-    v = svd.matrixV();
-    s = svd.singularValues();
-  }
-  /// u diag(values) v^T
-  Matrix<double> with(const Vector<double>& values) const {
-    return u * values.asDiagonal() * v.transpose();
-  }
 };
 
 double scalar_map(double s, const NewtonSchulzOptions& options) {
@@ -58,9 +78,9 @@ TEST_CASE("newton_schulz maps singular values by the polynomial and keeps singul
       CAPTURE(rows);
       CAPTURE(cols);
       CAPTURE(options.steps);
-      const Matrix<double> g = normal_matrix<double>(random, rows, cols);
-      const Svd svd(g);
-      Vector<double> mapped = svd.s / g.norm();
+      const Decomposed svd(random, rows, cols);
+      const Matrix<double> g = svd.with(svd.s);
+      Vector<double> mapped = svd.s / svd.s.norm();
       for (double& s : mapped) s = scalar_map(s, options);
       // Steps amplify rounding by at most the slope of p, 3.4445 each: 5 steps, 485 eps; 12 leaves room for products.
       CHECK((newton_schulz(g, options) - svd.with(mapped)).norm() <= 1e-12 * g.norm());
@@ -75,9 +95,8 @@ TEST_CASE("newton_schulz: blocks of both sizes against one another and the plain
     const Matrix<double> g = normal_matrix<double>(random, rows, cols);
     const Matrix<double> x = g / g.norm();
     const NewtonSchulzCoefficients k;
-    const Matrix<double> a = x * x.transpose();
-    const Matrix<double> ax = a * x;
-    const Matrix<double> want = k.a * x + k.b * ax + k.c * (a * ax);
+    const Matrix<double> a = nt(x, x), ax = nn(a, x);
+    const Matrix<double> want = k.a * x + k.b * ax + k.c * nn(a, ax);
     CHECK((newton_schulz(g, {.steps = 1}) - want).cwiseAbs().maxCoeff() <= 1e-14);
   }
 }
@@ -85,23 +104,24 @@ TEST_CASE("newton_schulz: blocks of both sizes against one another and the plain
 TEST_CASE_TEMPLATE("newton_schulz: five steps bring singular values into 0.68 .. 1.14", S, float,
                    double) {
   Random random(9);
-  const Svd base(normal_matrix<double>(random, 24, 40));
+  const Decomposed svd(random, 24, 40);
   Vector<double> values(24);
-  for (Index i = 0; i < 24; ++i) values[i] = 0.011 + 0.2 * static_cast<double>(i) / 24;  // / norm >= 0.01
-  const Matrix<double> g = base.with(values);
+  for (Index i = 0; i < 24; ++i) values[i] = 0.011 + 0.2 * static_cast<double>(i) / 24;
   REQUIRE(values.minCoeff() / values.norm() >= 0.01);
-  const Svd got(newton_schulz(Matrix<S>(g.cast<S>())).template cast<double>());
-  CHECK(got.s.maxCoeff() <= 1.134 + 1e-3);
-  CHECK(got.s.minCoeff() >= 0.682 - 1e-3);
+  const Matrix<double> got =
+      newton_schulz(Matrix<S>(svd.with(values).cast<S>())).template cast<double>();
+  const Vector<double> s = nn(nn(svd.u.transpose(), got), svd.v).diagonal();
+  CHECK(s.maxCoeff() <= 1.134 + 1e-3);
+  CHECK(s.minCoeff() >= 0.682 - 1e-3);
 }
 
 TEST_CASE("newton_schulz: a convergent triple reaches the polar factor; scale and transposition") {
   Random random(10);
-  const Matrix<double> g = normal_matrix<double>(random, 9, 14);
-  const Svd svd(g);
+  const Decomposed svd(random, 9, 14);
+  const Matrix<double> g = svd.with(svd.s);
   const NewtonSchulzOptions options{.steps = 40, .coefficients = kTaylor};
   const Matrix<double> sign = newton_schulz(g, options);
-  CHECK((sign - svd.u * svd.v.transpose()).norm() <= 1e-13);
+  CHECK((sign - nt(svd.u, svd.v)).norm() <= 1e-13);
   CHECK((newton_schulz(Matrix<double>(1e-3 * g), options) - sign).norm() <= 1e-13);
   CHECK((newton_schulz(Matrix<double>(g.transpose()), options) - sign.transpose()).norm() <= 1e-13);
 }

@@ -1,0 +1,229 @@
+// The packet layer: every function lane by lane against plain scalars, and the contracts of exp2 and exp.
+#include <eigenblocks/core/simd.hpp>
+
+#include "support/ulps.hpp"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using namespace eigenblocks;
+
+template <class S>
+constexpr S kInf = std::numeric_limits<S>::infinity();
+template <class S>
+constexpr S kNaN = std::numeric_limits<S>::quiet_NaN();
+
+template <class P>
+std::vector<simd::lane_t<P>> lanes(const P& p) {
+  std::vector<simd::lane_t<P>> out(static_cast<std::size_t>(simd::kPacketSize<P>));
+  simd::store<P>(out.data(), p);
+  return out;
+}
+
+/// Lanes with mixed signs, ties and different sizes: 0.5 k for k = -w/2 ...
+template <class P>
+P sample(int shift) {
+  using S = simd::lane_t<P>;
+  std::vector<S> in(static_cast<std::size_t>(simd::kPacketSize<P>));
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    in[i] = S(0.5) * (static_cast<S>(i) * static_cast<S>(i % 2 ? 1 : -1)) + static_cast<S>(shift);
+  }
+  return simd::load<P>(in.data());
+}
+
+template <class P>
+void check_arithmetic() {
+  using S = simd::lane_t<P>;
+  constexpr std::size_t w = std::size_t(simd::kPacketSize<P>);
+  const P a = sample<P>(1), b = sample<P>(-2), c = simd::set1<P>(S(3));
+  const auto x = lanes(a), y = lanes(b);
+  const auto equal_to = [&](const P& got, auto want) {
+    const auto values = lanes(got);
+    for (std::size_t i = 0; i < w; ++i) CHECK(values[i] == static_cast<S>(want(x[i], y[i])));
+  };
+  equal_to(simd::zero<P>(), [](S, S) { return S(0); });
+  equal_to(c, [](S, S) { return S(3); });
+  equal_to(simd::add(a, b), [](S p, S q) { return p + q; });
+  equal_to(simd::sub(a, b), [](S p, S q) { return p - q; });
+  equal_to(simd::mul(a, b), [](S p, S q) { return p * q; });
+  equal_to(simd::div(a, c), [](S p, S) { return p / S(3); });
+  equal_to(simd::neg(a), [](S p, S) { return -p; });
+  equal_to(simd::fma(a, b, c), [](S p, S q) { return p * q + S(3); });  // exact in these numbers
+  equal_to(simd::max(a, b), [](S p, S q) { return std::max(p, q); });
+  equal_to(simd::min(a, b), [](S p, S q) { return std::min(p, q); });
+  equal_to(simd::abs(a), [](S p, S) { return std::abs(p); });
+
+  const auto roots = lanes(simd::sqrt(simd::abs(a)));  // Eigen refines an estimate with AVX-512: 2 ulp
+  for (std::size_t i = 0; i < w; ++i) {
+    const S want = std::sqrt(std::abs(x[i]));
+    CHECK(std::abs(roots[i] - want) <= 2 * std::numeric_limits<S>::epsilon() * want);
+  }
+
+  const P one = simd::set1<P>(S(1)), none = simd::zero<P>();
+  const auto as_number = [&](const P& mask) { return simd::select(mask, one, none); };
+  equal_to(as_number(simd::less(a, b)), [](S p, S q) { return p < q; });
+  equal_to(as_number(simd::less_equal(a, b)), [](S p, S q) { return p <= q; });
+  equal_to(as_number(simd::equal(a, simd::abs(a))), [](S p, S) { return p == std::abs(p); });
+  const P low = simd::less(a, one), high = simd::less(none, a);
+  equal_to(as_number(simd::mask_and(low, high)), [](S p, S) { return p < 1 && 0 < p; });
+  equal_to(as_number(simd::mask_or(low, high)), [](S p, S) { return p < 1 || 0 < p; });
+}
+
+/// Largest error of f over `in`, in ulps of the oracle, where the oracle is a normal number.
+template <class S, class F>
+double worst_ulps(const std::vector<S>& in, F f, ulps::Real (*oracle)(ulps::Real)) {
+  using P = simd::Packet<S>;
+  ulps::Real worst = 0;
+  std::vector<S> padded = in;
+  padded.resize((in.size() + std::size_t(simd::kLanes<S>)), S(0));
+  for (std::size_t i = 0; i < in.size(); i += std::size_t(simd::kLanes<S>)) {
+    const auto packet = lanes(f(simd::load<P>(&padded[i])));
+    for (std::size_t x = 0; x < packet.size(); ++x) {
+      const ulps::Real want = oracle(padded[i + x]);
+      if (want < ulps::kSmallest<S>) {
+        CHECK(packet[x] >= S(0));
+        CHECK(packet[x] <= std::numeric_limits<S>::min());
+        continue;
+      }
+      if (want > static_cast<ulps::Real>(std::numeric_limits<S>::max())) {
+        CHECK(packet[x] >= std::numeric_limits<S>::max());
+        continue;
+      }
+      const ulps::Real error = std::abs(packet[x] - want), scalar_error = std::abs(f(padded[i + x]) - want);
+      worst = std::max({worst, error / ulps::ulp<S>(want), scalar_error / ulps::ulp<S>(want)});
+    }
+  }
+  return static_cast<double>(worst);
+}
+
+/// The arguments in [low, high], and the ends with their neighbours.
+template <class S>
+std::vector<S> arguments(S low, S high) {
+  std::vector<S> in;
+  for (const S x : ulps::walk<S>()) {
+    if (x >= low && x <= high) in.push_back(x);
+  }
+  for (const S edge : {low, high}) {
+    S x = edge;
+    for (int k = 0; k < 20; ++k, x = std::nextafter(x, S(0))) in.push_back(x);
+  }
+  return in;
+}
+
+/// f on a whole packet of x and on x itself; both must agree in kind.
+template <class S, class F>
+S value_of(F f, S x) {
+  const auto packet = lanes(f(simd::set1<simd::Packet<S>>(x)));
+  for (const S lane : packet) CHECK((lane == f(x) || (std::isnan(lane) && std::isnan(f(x)))));
+  return packet[0];
+}
+
+constexpr auto exp2_of = [](const auto& x) { return simd::exp2(x); };
+constexpr auto exp_of = [](const auto& x) { return simd::exp(x); };
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("arithmetic, comparisons and selection, lane by lane", S, float, double) {
+  using P = simd::Packet<S>;
+  static_assert(simd::kPacketSize<S> == 1);
+  check_arithmetic<P>();
+  check_arithmetic<S>();
+}
+
+TEST_CASE_TEMPLATE("select takes the chosen side as it is", S, float, double) {
+  using P = simd::Packet<S>;
+  const P yes = simd::equal(simd::zero<P>(), simd::zero<P>()), no = simd::less(simd::zero<P>(), simd::zero<P>());
+  for (const S value : {kInf<S>, -kInf<S>, S(-0.0), std::numeric_limits<S>::denorm_min()}) {
+    const P p = simd::set1<P>(value), nan = simd::set1<P>(kNaN<S>);
+    for (const S lane : lanes(simd::select(yes, p, nan))) CHECK((lane == value && std::signbit(lane) == std::signbit(value)));
+    for (const S lane : lanes(simd::select(no, nan, p))) CHECK(lane == value);
+    for (const S lane : lanes(simd::select(no, p, nan))) CHECK(std::isnan(lane));
+  }
+  // Comparisons with NaN are false.
+  const P nan = simd::set1<P>(kNaN<S>), one = simd::set1<P>(S(1));
+  for (const P& mask : {simd::less(nan, one), simd::less_equal(one, nan), simd::equal(nan, nan)}) {
+    for (const S lane : lanes(simd::select(mask, one, simd::zero<P>()))) CHECK(lane == S(0));
+  }
+}
+
+TEST_CASE_TEMPLATE("iota, loads from anywhere, reductions", S, float, double) {
+  using P = simd::Packet<S>;
+  constexpr std::size_t w = std::size_t(simd::kLanes<S>);
+  const auto counted = lanes(simd::iota<P>(S(5)));
+  for (std::size_t i = 0; i < w; ++i) CHECK(counted[i] == S(5) + static_cast<S>(i));
+  std::vector<S> memory(2 * w + 3);
+  for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<S>(i * i % 7);
+  for (std::size_t offset = 0; offset <= w; ++offset) {
+    P p = simd::load<P>(&memory[offset]);
+    simd::keep_in_register(p);
+    S sum = 0, most = -kInf<S>;
+    for (std::size_t i = 0; i < w; ++i) {
+      CHECK(lanes(p)[i] == memory[offset + i]);
+      sum += memory[offset + i];
+      most = std::max(most, memory[offset + i]);
+    }
+    CHECK(simd::sum(p) == sum);
+    CHECK(simd::max_lane(p) == most);
+  }
+}
+
+TEST_CASE_TEMPLATE("horner evaluates c0 + c1 x + c2 x^2", S, float, double) {
+  constexpr double c[] = {1, -2, 0.5};
+  CHECK(simd::horner(c, S(3)) == S(1 - 6 + 4.5));
+  CHECK(lanes(simd::horner(c, simd::set1<simd::Packet<S>>(S(3))))[0] == S(1 - 6 + 4.5));
+}
+
+TEST_CASE_TEMPLATE("exp2 is within 1.5 ulp up to 2^127 and 2^1023", S, float, double) {
+  const S limit = static_cast<S>(std::numeric_limits<S>::max_exponent - 1);
+  const auto in = arguments<S>(std::numeric_limits<S>::lowest(), limit);
+  const double worst = worst_ulps<S>(in, exp2_of, [](ulps::Real x) { return std::exp2(x); });
+  CHECK(worst <= 1.5);
+  for (int k = std::numeric_limits<S>::min_exponent - 1; k < std::numeric_limits<S>::max_exponent; ++k) {
+    CHECK(value_of<S>(exp2_of, static_cast<S>(k)) == std::ldexp(S(1), k));  // powers of two are exact
+  }
+}
+
+TEST_CASE_TEMPLATE("exp is within 1.5 ulp everywhere", S, float, double) {
+  const auto in = arguments<S>(std::numeric_limits<S>::lowest(), std::numeric_limits<S>::max());
+  CHECK(worst_ulps<S>(in, exp_of, [](ulps::Real x) { return std::exp(x); }) <= 1.5);
+  const S low = std::log(std::numeric_limits<S>::min()), high = std::log(std::numeric_limits<S>::max());
+  CHECK(worst_ulps<S>(arguments<S>(low, high), exp_of, [](ulps::Real x) { return std::exp(x); }) <= 1.5);
+}
+
+TEST_CASE("exp just below and above the overflow limit of float") {
+  const float last = 88.72283172607421875f;  // the largest float whose exponential is one
+  CHECK(value_of<float>(exp_of, last) <= std::numeric_limits<float>::max());
+  CHECK(value_of<float>(exp_of, std::nextafter(last, 100.0f)) == kInf<float>);
+}
+
+TEST_CASE_TEMPLATE("edge values of the exponentials", S, float, double) {
+  for (const auto& f : {+[](S x) { return value_of<S>(exp2_of, x); }, +[](S x) { return value_of<S>(exp_of, x); }}) {
+    CHECK(f(S(0)) == S(1));
+    CHECK(f(S(-0.0)) == S(1));
+    CHECK(f(-kInf<S>) == S(0));
+    CHECK(f(std::numeric_limits<S>::lowest()) == S(0));
+    CHECK(f(S(-1e30)) == S(0));
+    CHECK(f(S(-2000)) == S(0));
+    CHECK(f(std::numeric_limits<S>::denorm_min()) == S(1));
+    CHECK(std::isnan(f(kNaN<S>)));
+    CHECK(std::isnan(f(-kNaN<S>)));
+  }
+  // NaN with an arbitrary payload, such as uninitialised memory holds, is still NaN.
+  using Bits = std::conditional_t<sizeof(S) == 4, std::uint32_t, std::uint64_t>;
+  const Bits infinity = std::bit_cast<Bits>(kInf<S>);
+  for (Bits payload = 1; payload < (infinity & -infinity); payload = static_cast<Bits>(payload * 2 + 1)) {
+    CHECK(std::isnan(value_of<S>(exp2_of, std::bit_cast<S>(static_cast<Bits>(infinity | payload)))));
+    CHECK(std::isnan(value_of<S>(exp_of, std::bit_cast<S>(static_cast<Bits>(infinity | payload)))));
+  }
+  CHECK(value_of<S>(exp_of, kInf<S>) == kInf<S>);
+  CHECK(value_of<S>(exp_of, std::numeric_limits<S>::max()) == kInf<S>);
+}
