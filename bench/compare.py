@@ -48,6 +48,9 @@ GRIDS = {
 # Freed memory stays in the process (no page of a result is touched for the first time), idle workers sleep.
 FAIR = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(1 << 40), MALLOC_TOP_PAD_=str(256 << 20),
             OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0", GOMP_SPINCOUNT="0")
+# Keeps the rivals that can be told so to AVX2, to compare with a -march=x86-64-v3 build of ours.  ONNX Runtime cannot.
+AVX2 = dict(ATEN_CPU_CAPABILITY="avx2", MKL_ENABLE_INSTRUCTIONS="AVX2", ONEDNN_MAX_CPU_ISA="AVX2",
+            OPENBLAS_CORETYPE="Haswell")
 
 
 class Contestant:
@@ -207,6 +210,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=61, help="at most")
     parser.add_argument("--budget", type=float, default=4, help="seconds per contestant and case")
     parser.add_argument("--core", type=int, default=(os.cpu_count() or 1) - 1, help="core of one-thread runs")
+    parser.add_argument("--avx2", action="store_true", help="keep PyTorch and numpy to AVX2 (ours: by its build)")
     parser.add_argument("--svg", help="draw the ratios into this file")
     parser.add_argument("--json", help="write every row into this file")
     options = parser.parse_args()
@@ -224,6 +228,9 @@ def main():
         cases += GRIDS[grid]
     if options.threads == 1:
         os.sched_setaffinity(0, {options.core})
+
+    if options.avx2:
+        os.environ.update(AVX2)
 
     print(f"{cpu()}; {platform.system()}; {versions(options.python)}; {options.threads} thread(s); load {os.getloadavg()[0]:.1f}\n")
     print(f"| case | {ours[0][0]} ms, best / median | best | rival | its ms | ratio | 10-90 % |\n|---|---|---|---|---|---|---|",

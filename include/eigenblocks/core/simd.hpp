@@ -56,8 +56,21 @@ EIGENBLOCKS_SIMD P mul(const P& a, const P& b) { return ei::pmul(a, b); }
 EIGENBLOCKS_SIMD P div(const P& a, const P& b) { return ei::pdiv(a, b); }
 EIGENBLOCKS_SIMD P neg(const P& a) { return ei::pnegate(a); }
 EIGENBLOCKS_SIMD P fma(const P& a, const P& b, const P& c) { return ei::pmadd(a, b, c); }
-EIGENBLOCKS_SIMD P max(const P& a, const P& b) { return ei::pmax(a, b); }
-EIGENBLOCKS_SIMD P min(const P& a, const P& b) { return ei::pmin(a, b); }
+// (AVX-512: the maskz forms with a full mask are the plain instructions; g++ 12 warns about its own plain intrinsics)
+EIGENBLOCKS_SIMD P max(const P& a, const P& b) {
+#if defined(__AVX512F__) && !defined(EIGEN_DONT_VECTORIZE)
+  if constexpr (sizeof(P) == 64 && sizeof(lane_t<P>) == 4) return _mm512_maskz_max_ps(0xFFFF, b, a);
+  if constexpr (sizeof(P) == 64 && sizeof(lane_t<P>) == 8) return _mm512_maskz_max_pd(0xFF, b, a);
+#endif
+  return ei::pmax(a, b);
+}
+EIGENBLOCKS_SIMD P min(const P& a, const P& b) {
+#if defined(__AVX512F__) && !defined(EIGEN_DONT_VECTORIZE)
+  if constexpr (sizeof(P) == 64 && sizeof(lane_t<P>) == 4) return _mm512_maskz_min_ps(0xFFFF, b, a);
+  if constexpr (sizeof(P) == 64 && sizeof(lane_t<P>) == 8) return _mm512_maskz_min_pd(0xFF, b, a);
+#endif
+  return ei::pmin(a, b);
+}
 EIGENBLOCKS_SIMD P abs(const P& a) { return ei::pabs(a); }
 EIGENBLOCKS_SIMD P sqrt(const P& a) { return ei::psqrt(a); }
 

@@ -76,25 +76,37 @@ EIGENBLOCKS_ALWAYS_INLINE void turn(const P& x_a, const P& x_b, const P& c, cons
   }
 }
 
+/// `heads` heads of one token, `stride` channels apart, which share a row of cosines and sines.
+struct HeadGroup {
+  Index heads, stride;
+};
+
 /// Pairs [p, pairs) of layout `half` while they fill a packet P, then the rest in smaller packets.
+/// Heads run innermost: a cosine and a sine are loaded once for all of them.
 /// P comes as a null pointer: g++ warns about vector types spelled as template arguments.
 template <bool kTranspose, class P, class S>
 EIGENBLOCKS_ALWAYS_INLINE void turn_halves(const P*, const S* x, const S* row, S* y, Index pairs,
-                                           Index p = 0) {
+                                           HeadGroup group, Index p = 0) {
   constexpr Index kSize = simd::kPacketSize<P>;
   for (; p + kSize <= pairs; p += kSize) {
-    P y_a, y_b;
-    turn<kTranspose>(simd::load<P>(x + p), simd::load<P>(x + pairs + p), simd::load<P>(row + p),
-                     simd::load<P>(row + pairs + p), y_a, y_b);
-    simd::store<P>(y + p, y_a);
-    simd::store<P>(y + pairs + p, y_b);
+    const P c = simd::load<P>(row + p), s = simd::load<P>(row + pairs + p);
+    const S* from = x + p;
+    S* to = y + p;
+    for (Index head = 0; head < group.heads; ++head) {
+      P y_a, y_b;
+      turn<kTranspose>(simd::load<P>(from), simd::load<P>(from + pairs), c, s, y_a, y_b);
+      simd::store<P>(to, y_a);
+      simd::store<P>(to + pairs, y_b);
+      from += group.stride;
+      to += group.stride;
+    }
   }
   if constexpr (kSize > 1) {
     using Half = typename simd::ei::unpacket_traits<P>::half;
     if constexpr (sizeof(Half) < sizeof(P)) {
-      turn_halves<kTranspose>(static_cast<const Half*>(nullptr), x, row, y, pairs, p);
+      turn_halves<kTranspose>(static_cast<const Half*>(nullptr), x, row, y, pairs, group, p);
     } else {
-      turn_halves<kTranspose>(static_cast<const S*>(nullptr), x, row, y, pairs, p);
+      turn_halves<kTranspose>(static_cast<const S*>(nullptr), x, row, y, pairs, group, p);
     }
   }
 }
@@ -110,28 +122,37 @@ EIGENBLOCKS_ALWAYS_INLINE void turn_halves(const P*, const S* x, const S* row, S
 /// each instruction set.
 template <bool kTranspose, class P, class S>
 EIGENBLOCKS_ALWAYS_INLINE void turn_interleaved(const P*, const S* x, const S* row, S* y,
-                                                Index pairs, Index p = 0) {
+                                                Index pairs, HeadGroup group, Index p = 0) {
   using Complex = std::complex<S>;
   if constexpr (!std::is_same_v<P, Complex>) {
     constexpr Index kSize = simd::kPacketSize<P>;
     for (; p + kSize <= pairs; p += kSize) {
       P turn_by = simd::ei::ploadu<P>(reinterpret_cast<const Complex*>(row + 2 * p));
       if constexpr (kTranspose) turn_by = simd::ei::pconj(turn_by);
-      simd::ei::pstoreu(reinterpret_cast<Complex*>(y + 2 * p),
-                        simd::ei::pmul(turn_by, simd::ei::ploadu<P>(
-                                                    reinterpret_cast<const Complex*>(x + 2 * p))));
+      const S* from = x + 2 * p;
+      S* to = y + 2 * p;
+      for (Index head = 0; head < group.heads; ++head) {
+        const P pair = simd::ei::ploadu<P>(reinterpret_cast<const Complex*>(from));
+        simd::ei::pstoreu(reinterpret_cast<Complex*>(to), simd::ei::pmul(turn_by, pair));
+        from += group.stride;
+        to += group.stride;
+      }
     }
     using Half = typename simd::ei::unpacket_traits<P>::half;
     if constexpr (sizeof(Half) < sizeof(P)) {
-      turn_interleaved<kTranspose>(static_cast<const Half*>(nullptr), x, row, y, pairs, p);
+      turn_interleaved<kTranspose>(static_cast<const Half*>(nullptr), x, row, y, pairs, group, p);
       return;
     }
   }
   for (; p < pairs; ++p) {
-    S y_a, y_b;
-    turn<kTranspose>(x[2 * p], x[2 * p + 1], row[2 * p], row[2 * p + 1], y_a, y_b);
-    y[2 * p] = y_a;
-    y[2 * p + 1] = y_b;
+    const S c = row[2 * p], s = row[2 * p + 1];
+    for (Index head = 0; head < group.heads; ++head) {
+      const Index at = head * group.stride + 2 * p;
+      S y_a, y_b;
+      turn<kTranspose>(x[at], x[at + 1], c, s, y_a, y_b);
+      y[at] = y_a;
+      y[at + 1] = y_b;
+    }
   }
 }
 
@@ -147,12 +168,13 @@ EIGENBLOCKS_ALWAYS_INLINE void convert_channels(const From* from, To* to, Index 
 
 /// y = x turned by `row`, which has cos and sin where x has the channels a and b.  y may be x.
 template <bool kTranspose, RopeLayout kLayout, class S>
-EIGENBLOCKS_ALWAYS_INLINE void turn_channels(const S* x, const S* row, S* y, Index pairs) {
+EIGENBLOCKS_ALWAYS_INLINE void turn_channels(const S* x, const S* row, S* y, Index pairs,
+                                             HeadGroup group = {1, 0}) {
   if constexpr (kLayout == RopeLayout::half) {
-    turn_halves<kTranspose>(static_cast<const simd::Packet<S>*>(nullptr), x, row, y, pairs);
+    turn_halves<kTranspose>(static_cast<const simd::Packet<S>*>(nullptr), x, row, y, pairs, group);
   } else {
     using P = typename simd::ei::packet_traits<std::complex<S>>::type;
-    turn_interleaved<kTranspose>(static_cast<const P*>(nullptr), x, row, y, pairs);
+    turn_interleaved<kTranspose>(static_cast<const P*>(nullptr), x, row, y, pairs, group);
   }
 }
 
@@ -272,21 +294,25 @@ inline Index require_heads(const char* name, Index cols, Index rotary_dim,
   return head_dim;
 }
 
-/// Turns one head of a row; copies the channels that do not rotate unless y is x.
+/// Turns all heads of one token; copies the channels that do not rotate unless y is x.
 template <bool kTranspose, RopeLayout kLayout, class X, class S>
-EIGENBLOCKS_ALWAYS_INLINE void turn_head(const X* x, const S* row, X* y, Index pairs, Index first,
-                                         Index head_dim) {
+EIGENBLOCKS_ALWAYS_INLINE void turn_token(const X* x, const S* row, X* y, Index pairs, Index first,
+                                          HeadGroup group) {
   if constexpr (std::is_same_v<X, S>) {
-    turn_channels<kTranspose, kLayout>(x + first, row, y + first, pairs);
+    turn_channels<kTranspose, kLayout>(x + first, row, y + first, pairs, group);
   } else {
     S tile[kMaxRotaryDim];
-    convert_channels(x + first, tile, 2 * pairs);
-    turn_channels<kTranspose, kLayout>(tile, row, tile, pairs);
-    convert_channels(tile, y + first, 2 * pairs);
+    for (Index head = 0; head < group.heads; ++head) {
+      const Index at = head * group.stride + first;
+      convert_channels(x + at, tile, 2 * pairs);
+      turn_channels<kTranspose, kLayout>(tile, row, tile, pairs);
+      convert_channels(tile, y + at, 2 * pairs);
+    }
   }
-  if (x != y) {
+  if (x == y || 2 * pairs == group.stride) return;
+  for (Index head = 0; head < group.heads; ++head, x += group.stride, y += group.stride) {
     std::copy(x, x + first, y);
-    std::copy(x + first + 2 * pairs, x + head_dim, y + first + 2 * pairs);
+    std::copy(x + first + 2 * pairs, x + group.stride, y + first + 2 * pairs);
   }
 }
 
@@ -294,24 +320,21 @@ template <bool kTranspose, RopeLayout kLayout, class X>
 void turn_rows(const ConstMatrixRef<X>& x, const RopePositions& positions,
                const RotaryTable<compute_t<X>>& table, MatrixRef<X> y, const RopeOptions& options,
                ExecutorRef executor) {
-  const Index head_dim = x.cols() / options.heads;
+  const HeadGroup group{options.heads, x.cols() / options.heads};
   // About 128 KB of floats per task: enough to hide the hand-over, and half of a small L2.
   const Index task_rows = std::clamp<Index>(32768 / x.cols(), 16, 1024);
   const auto task = [&](Index index, int) {
     typename RotaryTable<compute_t<X>>::template Rows<kLayout> rows(table);
     const Index end = std::min(x.rows(), (index + 1) * task_rows);
     for (Index i = index * task_rows; i < end; ++i) {
-      const X* from = x.data() + i * x.outerStride();
-      X* to = y.data() + i * y.outerStride();
+      const X* const from = x.data() + i * x.outerStride();
+      X* const to = y.data() + i * y.outerStride();
       const compute_t<X>* const row = rows(positions, i);
       if (row == nullptr) {
         if (to != from) std::copy(from, from + x.cols(), to);
         continue;
       }
-      for (Index head = 0; head < options.heads; ++head, from += head_dim, to += head_dim) {
-        turn_head<kTranspose, kLayout>(from, row, to, table.pairs(), options.first_channel,
-                                       head_dim);
-      }
+      turn_token<kTranspose, kLayout>(from, row, to, table.pairs(), options.first_channel, group);
     }
   };
   executor.run((x.rows() + task_rows - 1) / task_rows, task);

@@ -9,6 +9,7 @@
 #include <limits>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -50,6 +51,10 @@ bool same_bits(const A& a, const B& b) {
 }
 
 }  // namespace
+
+static_assert(eb::MatrixLike<eb::SafetensorsFile::View<float>>,
+              "a view must do as an operand of any block");
+static_assert(!std::is_copy_constructible_v<eb::SafetensorsFile>);
 
 TEST_CASE_TEMPLATE("every floating-point dtype comes back bit by bit", S, double, float,
                    Eigen::half, Eigen::bfloat16) {
