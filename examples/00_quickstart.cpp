@@ -19,14 +19,17 @@ int main() {
 
   const eb::AttentionShape shape{.heads = heads, .kv_heads = kv_heads};
   const eb::Matrix<float> out = eb::attention(q, k, v, shape, eb::attention_rule(eb::causal()));
-  std::printf("out is %d x %d, out(5, 0..3) = %.4f %.4f %.4f %.4f\n", int(out.rows()), int(out.cols()), double(out(5, 0)),
-              double(out(5, 1)), double(out(5, 2)), double(out(5, 3)));
+  std::printf("out is %d x %d, out(5, 0..3) = %.4f %.4f %.4f %.4f\n", int(out.rows()),
+              int(out.cols()), double(out(5, 0)), double(out(5, 1)), double(out(5, 2)),
+              double(out(5, 3)));
 
   // The same, one token at a time over a key/value cache.
   eb::KvCache<float> cache({.kv_heads = kv_heads, .head_dim = dim});
   eb::Matrix<float> step(1, heads * dim);
   for (eb::Index t = 0; t < tokens; ++t) {
-    eb::attention_step(cache, q.middleRows(t, 1), k.middleRows(t, 1), v.middleRows(t, 1), step, shape);
+    eb::attention_step(cache, q.middleRows(t, 1), k.middleRows(t, 1), v.middleRows(t, 1), step,
+                       shape);
   }
-  std::printf("the last step differs by %.1e\n", double((step.row(0) - out.row(tokens - 1)).cwiseAbs().maxCoeff()));
+  std::printf("the last step differs by %.1e\n",
+              double((step.row(0) - out.row(tokens - 1)).cwiseAbs().maxCoeff()));
 }

@@ -38,21 +38,24 @@ void train(Trainer<float>& trainer, const Corpus& corpus, Index stop, ExecutorRe
   double shown = start, running = 0;
   while (trainer.step() < stop) {
     const Index step = trainer.step();
-    const Batch batch = training_batch(corpus, static_cast<std::uint64_t>(plan.seed), step, plan.batch, plan.length);
+    const Batch batch = training_batch(corpus, static_cast<std::uint64_t>(plan.seed), step,
+                                       plan.batch, plan.length);
     const double loss = trainer.train(batch.ids, batch.targets, executor);
     running = step == first ? loss : 0.95 * running + 0.05 * loss;
     if (seconds() - shown > 2.0 || trainer.step() == stop) {
       shown = seconds();
       const double per_step = (shown - start) / static_cast<double>(trainer.step() - first);
-      std::printf("step %5lld/%lld  loss %.3f  %.0f tokens/s  %.0f s left\n", static_cast<long long>(trainer.step()),
-                  static_cast<long long>(plan.steps), running, static_cast<double>(plan.batch * plan.length) / per_step,
+      std::printf("step %5lld/%lld  loss %.3f  %.0f tokens/s  %.0f s left\n",
+                  static_cast<long long>(trainer.step()), static_cast<long long>(plan.steps),
+                  running, static_cast<double>(plan.batch * plan.length) / per_step,
                   per_step * static_cast<double>(stop - trainer.step()));
       std::fflush(stdout);
     }
   }
 }
 
-double validation_loss(const Llama<float>& model, const LlamaWeights<float>& weights, const Corpus& corpus, Index length) {
+double validation_loss(const Llama<float>& model, const LlamaWeights<float>& weights,
+                       const Corpus& corpus, Index length) {
   const Batch batch = validation_batch(corpus, 256, length);
   Llama<float>::Slice slice;
   double sum = 0;
@@ -66,8 +69,9 @@ double validation_loss(const Llama<float>& model, const LlamaWeights<float>& wei
 }
 
 /// Continues the prompt with the cache of keys and values: the prompt in one step, then one token at a time.
-std::string write_text(const Llama<float>& model, const LlamaWeights<float>& weights, const std::string& prompt, Index tokens,
-                       const eb::SamplingOptions& sampling, std::uint64_t seed) {
+std::string write_text(const Llama<float>& model, const LlamaWeights<float>& weights,
+                       const std::string& prompt, Index tokens, const eb::SamplingOptions& sampling,
+                       std::uint64_t seed) {
   std::vector<Index> ids;
   for (const char c : prompt) ids.push_back(static_cast<unsigned char>(c));
   auto state = model.state(static_cast<Index>(ids.size()) + tokens);
@@ -78,8 +82,9 @@ std::string write_text(const Llama<float>& model, const LlamaWeights<float>& wei
   for (Index t = 0; t < tokens; ++t) {
     model.step(weights, state, ids, logits);
     const auto last = logits.row(logits.rows() - 1);
-    const Index next = sampling.temperature > 0 ? eb::sample_token(last, random.uniform(), sampling, workspace)
-                                                : eb::argmax(last);
+    const Index next = sampling.temperature > 0
+                           ? eb::sample_token(last, random.uniform(), sampling, workspace)
+                           : eb::argmax(last);
     text += static_cast<char>(next);
     ids.assign(1, next);
   }
@@ -88,20 +93,21 @@ std::string write_text(const Llama<float>& model, const LlamaWeights<float>& wei
 
 int run(int argc, char** argv) {
   const std::string folder = std::filesystem::path(argv[0]).parent_path().string();
-  Arguments arguments({{"text", EIGENBLOCKS_SOURCE_DIR "/examples/data/kjv.txt"},
-                       {"steps", "1000"},
-                       {"stop", "0"},
-                       {"length", "64"},
-                       {"batch", "32"},
-                       {"seed", "1"},
-                       {"threads", std::to_string(std::max(1u, std::thread::hardware_concurrency()))},
-                       {"save", (folder.empty() ? "." : folder) + "/tiny_lm.safetensors"},
-                       {"load", ""},
-                       {"resume", ""},
-                       {"prompt", "In the beginning "},
-                       {"tokens", "400"},
-                       {"temperature", "0.8"},
-                       {"top-p", "0.95"}});
+  Arguments arguments(
+      {{"text", EIGENBLOCKS_SOURCE_DIR "/examples/data/kjv.txt"},
+       {"steps", "1000"},
+       {"stop", "0"},
+       {"length", "64"},
+       {"batch", "32"},
+       {"seed", "1"},
+       {"threads", std::to_string(std::max(1u, std::thread::hardware_concurrency()))},
+       {"save", (folder.empty() ? "." : folder) + "/tiny_lm.safetensors"},
+       {"load", ""},
+       {"resume", ""},
+       {"prompt", "In the beginning "},
+       {"tokens", "400"},
+       {"temperature", "0.8"},
+       {"top-p", "0.95"}});
   arguments.parse(argc, argv);
   const std::string &load = arguments.text("load"), &resume = arguments.text("resume");
   if (!load.empty() && !resume.empty()) throw usage_error("--load and --resume exclude each other");
@@ -117,7 +123,8 @@ int run(int argc, char** argv) {
     plan.batch = arguments.integer("batch", 1);
     plan.seed = arguments.integer("seed", 0);
   }
-  const eb::SamplingOptions sampling{.temperature = arguments.real("temperature", 0), .top_p = arguments.real("top-p", 0)};
+  const eb::SamplingOptions sampling{.temperature = arguments.real("temperature", 0),
+                                     .top_p = arguments.real("top-p", 0)};
   if (sampling.top_p > 1) throw usage_error("--top-p must be at most 1");
   const Index stop = arguments.integer("stop", 0), tokens = arguments.integer("tokens", 0);
   const eb::thread_pool pool(static_cast<int>(arguments.integer("threads", 1)));
@@ -130,8 +137,9 @@ int run(int argc, char** argv) {
   if (!resume.empty()) trainer.load(resume, true);
 
   if (load.empty()) {
-    std::printf("training on %zu bytes of %s, %lld steps of %lld x %lld bytes\n", corpus.training.size(),
-                arguments.text("text").c_str(), static_cast<long long>(plan.steps), static_cast<long long>(plan.batch),
+    std::printf("training on %zu bytes of %s, %lld steps of %lld x %lld bytes\n",
+                corpus.training.size(), arguments.text("text").c_str(),
+                static_cast<long long>(plan.steps), static_cast<long long>(plan.batch),
                 static_cast<long long>(plan.length));
     train(trainer, corpus, stop > 0 ? std::min(stop, plan.steps) : plan.steps, pool);
     trainer.save(arguments.text("save"), true);
@@ -140,10 +148,11 @@ int run(int argc, char** argv) {
   // Rotary positions beyond the training length are unknown to the model.  With a window of half that length it never meets
   // one, and writes texts of any length from a cache of fixed size.
   const Llama<float> writer(LlamaConfig{.window_left = std::max<Index>(1, plan.length / 2) - 1});
-  const std::string text = write_text(writer, trainer.weights(), arguments.text("prompt"), tokens, sampling,
-                                      static_cast<std::uint64_t>(plan.seed));
+  const std::string text = write_text(writer, trainer.weights(), arguments.text("prompt"), tokens,
+                                      sampling, static_cast<std::uint64_t>(plan.seed));
   std::printf("\n%s\n\n", text.c_str());
-  std::printf("validation_loss %.4f\n", validation_loss(model, trainer.weights(), corpus, plan.length));
+  std::printf("validation_loss %.4f\n",
+              validation_loss(model, trainer.weights(), corpus, plan.length));
   return 0;
 }
 

@@ -18,13 +18,15 @@ class usage_error : public std::runtime_error {
 /// Options with their defaults; reading the command line replaces values and refuses names that have no default.
 class Arguments {
  public:
-  explicit Arguments(std::map<std::string, std::string, std::less<>> defaults) : values_(std::move(defaults)) {}
+  explicit Arguments(std::map<std::string, std::string, std::less<>> defaults)
+      : values_(std::move(defaults)) {}
 
   void parse(int argc, char** argv) {
     for (int i = 1; i < argc; ++i) {
       const std::string name = argv[i];
       const auto found = name.starts_with("--") ? values_.find(name.substr(2)) : values_.end();
-      if (found == values_.end()) throw usage_error("unknown option " + name + "; known:" + names());
+      if (found == values_.end())
+        throw usage_error("unknown option " + name + "; known:" + names());
       if (i + 1 == argc) throw usage_error("option " + name + " needs a value");
       found->second = argv[++i];
       given_[found->first] = true;
@@ -33,7 +35,9 @@ class Arguments {
 
   bool given(const std::string& name) const { return given_.contains(name); }
   const std::string& text(std::string_view name) const { return values_.find(name)->second; }
-  long long integer(std::string_view name, long long least) const { return number<long long>(name, least); }
+  long long integer(std::string_view name, long long least) const {
+    return number<long long>(name, least);
+  }
   double real(std::string_view name, double least) const { return number<double>(name, least); }
 
  private:
@@ -43,8 +47,8 @@ class Arguments {
     T result{};
     const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), result);
     if (error != std::errc{} || end != value.data() + value.size() || !(result >= least)) {
-      throw usage_error("--" + std::string(name) + " " + value + ": expected a number of at least " +
-                        std::to_string(least));
+      throw usage_error("--" + std::string(name) + " " + value +
+                        ": expected a number of at least " + std::to_string(least));
     }
     return result;
   }

@@ -49,7 +49,7 @@ struct LlamaWeights {
   Matrix<S> embedding;  ///< vocab x width
   std::vector<LlamaLayer<S>> layers;
   Vector<S> norm;
-  Matrix<S> head;       ///< width x vocab; empty when tied
+  Matrix<S> head;  ///< width x vocab; empty when tied
 };
 
 /// f(name, parameter) for every matrix and vector, in a fixed order.  Hidden matrices are those Muon trains.
@@ -72,7 +72,9 @@ void for_each_parameter(Weights& w, F&& f) {
   f(std::string("norm_f"), w.norm);
   if (w.head.size() != 0) f(std::string("lm_head"), w.head);
 }
-inline bool is_hidden_matrix(const std::string& name) { return name.find(".W") != std::string::npos; }
+inline bool is_hidden_matrix(const std::string& name) {
+  return name.find(".W") != std::string::npos;
+}
 
 template <class S>
 class Llama {
@@ -98,7 +100,9 @@ class Llama {
         p.setOnes();
       } else {
         const bool writes = name.ends_with("Wo") || name.ends_with("Wd");
-        const double stddev = name == "E" ? 0.02 : (writes ? residual : 1.0) / std::sqrt(static_cast<double>(p.rows()));
+        const double stddev =
+            name == "E" ? 0.02
+                        : (writes ? residual : 1.0) / std::sqrt(static_cast<double>(p.rows()));
         eb::fill_normal(random, p, stddev);
       }
     });
@@ -146,8 +150,8 @@ class Llama {
   using Slices = std::vector<Slice>;
 
   /// Logits (rows x vocab) of packed sequences; an empty cu_seqlens means one sequence.
-  const Matrix<S>& forward(const LlamaWeights<S>& w, std::span<const Index> ids, std::span<const Index> cu_seqlens,
-                           Slice& s) const {
+  const Matrix<S>& forward(const LlamaWeights<S>& w, std::span<const Index> ids,
+                           std::span<const Index> cu_seqlens, Slice& s) const {
     const Index rows = static_cast<Index>(ids.size()), d = config_.width;
     const eb::RmsNormOptions norm{.eps = config_.eps};
     s.layers.resize(w.layers.size());
@@ -166,11 +170,13 @@ class Llama {
       saved.rstd2.resize(rows);
       saved.x_in = s.x;
       eb::rms_norm_forward(s.x, layer.norm1, saved.y1, saved.rstd1, norm);
-      eb::mha_forward(attention_, layer.attention, saved.y1, s.branch, saved.attention, {.cu_seqlens = cu_seqlens});
+      eb::mha_forward(attention_, layer.attention, saved.y1, s.branch, saved.attention,
+                      {.cu_seqlens = cu_seqlens});
       s.x += s.branch;
       saved.x_mid = s.x;
       eb::rms_norm_forward(s.x, layer.norm2, saved.y2, saved.rstd2, norm);
-      eb::glu_ffn_forward(saved.y2, layer.w_gate, layer.w_up, layer.w_down, s.branch, saved.glu, s.workspace);
+      eb::glu_ffn_forward(saved.y2, layer.w_gate, layer.w_up, layer.w_down, s.branch, saved.glu,
+                          s.workspace);
       s.x += s.branch;
     }
     eb::rms_norm_forward(s.x, w.norm, s.y, s.rstd, norm);
@@ -179,8 +185,9 @@ class Llama {
   }
 
   /// Sum of the cross entropies of the targets, and (in s.gradients) the gradients of that sum times `weight`.
-  double forward_backward(const LlamaWeights<S>& w, std::span<const Index> ids, std::span<const Index> targets,
-                          std::span<const Index> cu_seqlens, double weight, Slice& s) const {
+  double forward_backward(const LlamaWeights<S>& w, std::span<const Index> ids,
+                          std::span<const Index> targets, std::span<const Index> cu_seqlens,
+                          double weight, Slice& s) const {
     const Index rows = static_cast<Index>(ids.size()), d = config_.width;
     const eb::RmsNormOptions norm{.eps = config_.eps};
     if (s.gradients.layers.size() != w.layers.size()) s.gradients = shaped_weights();
@@ -188,7 +195,8 @@ class Llama {
     forward(w, ids, cu_seqlens, s);
     const eb::CrossEntropyOptions sum{.reduction = eb::Reduction::sum};
     const auto loss = eb::cross_entropy_forward(s.logits, targets, sum);
-    eb::cross_entropy_backward(loss, s.logits, targets, weight, s.logits, sum);  // logits become their gradient
+    eb::cross_entropy_backward(loss, s.logits, targets, weight, s.logits,
+                               sum);  // logits become their gradient
 
     s.dx.resize(rows, d);
     s.dbranch.resize(rows, d);
@@ -205,13 +213,15 @@ class Llama {
       const LlamaLayer<S>& layer = w.layers[i];
       const typename Slice::LayerSaved& saved = s.layers[i];
       LlamaLayer<S>& dlayer = g.layers[i];
-      eb::glu_ffn_backward(saved.glu, saved.y2, layer.w_gate, layer.w_up, layer.w_down, s.dx, s.dnormed, dlayer.w_gate,
-                       dlayer.w_up, dlayer.w_down, s.workspace);
-      eb::rms_norm_backward(saved.x_mid, layer.norm2, saved.rstd2, s.dnormed, s.dbranch, dlayer.norm2, norm);
+      eb::glu_ffn_backward(saved.glu, saved.y2, layer.w_gate, layer.w_up, layer.w_down, s.dx,
+                           s.dnormed, dlayer.w_gate, dlayer.w_up, dlayer.w_down, s.workspace);
+      eb::rms_norm_backward(saved.x_mid, layer.norm2, saved.rstd2, s.dnormed, s.dbranch,
+                            dlayer.norm2, norm);
       s.dx += s.dbranch;
-      eb::mha_backward(attention_, layer.attention, saved.attention, saved.y1, s.dx, s.dnormed, dlayer.attention,
-                   {.cu_seqlens = cu_seqlens});
-      eb::rms_norm_backward(saved.x_in, layer.norm1, saved.rstd1, s.dnormed, s.dbranch, dlayer.norm1, norm);
+      eb::mha_backward(attention_, layer.attention, saved.attention, saved.y1, s.dx, s.dnormed,
+                       dlayer.attention, {.cu_seqlens = cu_seqlens});
+      eb::rms_norm_backward(saved.x_in, layer.norm1, saved.rstd1, s.dnormed, s.dbranch,
+                            dlayer.norm1, norm);
       s.dx += s.dbranch;
     }
     eb::embedding_accumulate(ids, s.dx, g.embedding);
@@ -219,19 +229,24 @@ class Llama {
   }
 
   /// Mean loss over a batch of `sequences` sequences of equal length, and its gradients.
-  double train_step(const LlamaWeights<S>& w, std::span<const Index> ids, std::span<const Index> targets, Index sequences,
-                    LlamaWeights<S>& gradients, Slices& slices, ExecutorRef executor) const {
+  double train_step(const LlamaWeights<S>& w, std::span<const Index> ids,
+                    std::span<const Index> targets, Index sequences, LlamaWeights<S>& gradients,
+                    Slices& slices, ExecutorRef executor) const {
     constexpr Index kSlices = 4;
-    const Index length = static_cast<Index>(ids.size()) / sequences, count = std::min(kSlices, sequences);
+    const Index length = static_cast<Index>(ids.size()) / sequences,
+                count = std::min(kSlices, sequences);
     slices.resize(static_cast<std::size_t>(count));
     const double weight = 1.0 / static_cast<double>(ids.size());
     executor.run(count, [&](Index task, int) {
       Slice& s = slices[static_cast<std::size_t>(task)];
       const Index first = task * sequences / count, last = (task + 1) * sequences / count;
       s.cu_seqlens.resize(static_cast<std::size_t>(last - first + 1));
-      for (Index b = first; b <= last; ++b) s.cu_seqlens[static_cast<std::size_t>(b - first)] = (b - first) * length;
-      const auto at = static_cast<std::size_t>(first * length), n = static_cast<std::size_t>((last - first) * length);
-      s.loss_sum = forward_backward(w, ids.subspan(at, n), targets.subspan(at, n), s.cu_seqlens, weight, s);
+      for (Index b = first; b <= last; ++b)
+        s.cu_seqlens[static_cast<std::size_t>(b - first)] = (b - first) * length;
+      const auto at = static_cast<std::size_t>(first * length),
+                 n = static_cast<std::size_t>((last - first) * length);
+      s.loss_sum =
+          forward_backward(w, ids.subspan(at, n), targets.subspan(at, n), s.cu_seqlens, weight, s);
     });
     gradients = slices[0].gradients;
     double loss = slices[0].loss_sum;
@@ -252,12 +267,14 @@ class Llama {
   };
   State state(Index capacity) const {
     State s;
-    for (Index i = 0; i < config_.layers; ++i) s.layers.push_back(eb::mha_state(attention_, capacity));
+    for (Index i = 0; i < config_.layers; ++i)
+      s.layers.push_back(eb::mha_state(attention_, capacity));
     return s;
   }
 
   /// Logits (rows x vocab) of the tokens that follow what the state has seen.
-  void step(const LlamaWeights<S>& w, State& s, std::span<const Index> ids, Matrix<S>& logits) const {
+  void step(const LlamaWeights<S>& w, State& s, std::span<const Index> ids,
+            Matrix<S>& logits) const {
     const Index rows = static_cast<Index>(ids.size()), d = config_.width;
     const eb::RmsNormOptions norm{.eps = config_.eps};
     s.x.resize(rows, d);
@@ -271,7 +288,8 @@ class Llama {
       eb::mha_step(attention_, layer.attention, s.layers[i], s.y, s.branch);
       s.x += s.branch;
       eb::rms_norm_forward(s.x, layer.norm2, s.y, norm);
-      eb::glu_ffn_forward(s.y, layer.w_gate, layer.w_up, layer.w_down, s.branch, s.glu, s.workspace);
+      eb::glu_ffn_forward(s.y, layer.w_gate, layer.w_up, layer.w_down, s.branch, s.glu,
+                          s.workspace);
       s.x += s.branch;
     }
     eb::rms_norm_forward(s.x, w.norm, s.y, norm);

@@ -27,7 +27,8 @@ inline Corpus read_corpus(const std::string& path) {
   if (!file) throw usage_error("cannot read text file " + path);
   const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
   std::vector<Index> bytes(text.size());
-  std::transform(text.begin(), text.end(), bytes.begin(), [](char c) { return Index(static_cast<unsigned char>(c)); });
+  std::transform(text.begin(), text.end(), bytes.begin(),
+                 [](char c) { return Index(static_cast<unsigned char>(c)); });
   constexpr std::size_t kBlock = 8192;
   Corpus corpus;
   const auto block = [&](std::size_t first, std::size_t last) {
@@ -62,11 +63,13 @@ struct Batch {
 };
 
 /// `sequences` windows at random places, a pure function of (seed, step): nothing to save for a resumed run.
-inline Batch training_batch(const Corpus& corpus, std::uint64_t seed, Index step, Index sequences, Index length) {
+inline Batch training_batch(const Corpus& corpus, std::uint64_t seed, Index step, Index sequences,
+                            Index length) {
   eigenblocks::Random random(seed, static_cast<std::uint64_t>(step) + 1);
   Batch batch;
   for (Index b = 0; b < sequences; ++b) {
-    batch.add(corpus.training, random.below(static_cast<Index>(corpus.training.size()) - length), length);
+    batch.add(corpus.training, random.below(static_cast<Index>(corpus.training.size()) - length),
+              length);
   }
   return batch;
 }
@@ -88,11 +91,13 @@ inline Batch validation_batch(const Corpus& corpus, Index count, Index length) {
 
 inline void require_length(const Corpus& corpus, Index length, const std::string& path) {
   Index longest = 0;
-  for (const auto& block : corpus.held_out) longest = std::max(longest, static_cast<Index>(block.size()));
+  for (const auto& block : corpus.held_out)
+    longest = std::max(longest, static_cast<Index>(block.size()));
   if (static_cast<Index>(corpus.training.size()) <= length + 1 || longest <= length) {
-    throw usage_error("text " + path + " is too short for sequences of " + std::to_string(length) + ": " +
-                      std::to_string(corpus.training.size()) + " bytes to train on, at most " +
-                      std::to_string(longest) + " held out in a row");
+    throw usage_error("text " + path + " is too short for sequences of " + std::to_string(length) +
+                      ": " + std::to_string(corpus.training.size()) +
+                      " bytes to train on, at most " + std::to_string(longest) +
+                      " held out in a row");
   }
 }
 

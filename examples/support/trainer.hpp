@@ -33,7 +33,8 @@ class Trainer {
 
   /// One step on packed sequences; returns the loss before it.
   double train(std::span<const Index> ids, std::span<const Index> targets, ExecutorRef executor) {
-    const double loss = model_.train_step(weights_, ids, targets, plan_.batch, gradients_, slices_, executor);
+    const double loss =
+        model_.train_step(weights_, ids, targets, plan_.batch, gradients_, slices_, executor);
     std::vector<eb::TensorRef<S>> all;
     for_each_parameter(gradients_, [&](const std::string&, auto& g) { all.emplace_back(g); });
     eb::clip_grad_norm<S>(all, {.max_norm = 1.0}, executor);
@@ -49,12 +50,16 @@ class Trainer {
   /// Weights alone, or with the optimiser's state and the plan, so that a resumed run is bitwise the uninterrupted one.
   void save(const std::string& path, bool with_optimiser) const {
     eb::SafetensorsWriter writer;
-    for_each_parameter(weights_, [&](const std::string& name, const auto& p) { writer.add(name, p); });
+    for_each_parameter(weights_,
+                       [&](const std::string& name, const auto& p) { writer.add(name, p); });
     if (with_optimiser) {
       for (const auto& [name, state] : muon_) writer.add("muon." + name, state.momentum);
-      for (const auto& [name, state] : adamw_) writer.add("adamw.m." + name, state.m).add("adamw.v." + name, state.v);
+      for (const auto& [name, state] : adamw_)
+        writer.add("adamw.m." + name, state.m).add("adamw.v." + name, state.v);
     }
-    const auto put = [&](const char* key, Index value) { writer.metadata(key, std::to_string(value)); };
+    const auto put = [&](const char* key, Index value) {
+      writer.metadata(key, std::to_string(value));
+    };
     put("step", step_);
     put("steps", plan_.steps);
     put("length", plan_.length);
@@ -109,21 +114,26 @@ class Trainer {
   }
 
   template <class Parameter>
-  void update(const std::string& name, Parameter& p, const eb::TensorRef<S>& gradient, double rate, ExecutorRef executor) {
+  void update(const std::string& name, Parameter& p, const eb::TensorRef<S>& gradient, double rate,
+              ExecutorRef executor) {
     if constexpr (std::is_same_v<Parameter, Matrix<S>>) {
       if (is_hidden_matrix(name)) {
         const Eigen::Map<const Matrix<S>> g(gradient.data(), gradient.rows(), gradient.cols());
-        eb::muon_step(p, g, muon_[name], {.lr = plan_.muon_lr * rate, .weight_decay = 0.1}, executor);
+        eb::muon_step(p, g, muon_[name], {.lr = plan_.muon_lr * rate, .weight_decay = 0.1},
+                      executor);
         return;
       }
     }
-    eb::adamw_step<S>(p, gradient, adamw_[name],
-                      {.lr = plan_.adamw_lr * rate, .beta2 = 0.95, .eps = 1e-10, .weight_decay = 0.0}, executor);
+    eb::adamw_step<S>(
+        p, gradient, adamw_[name],
+        {.lr = plan_.adamw_lr * rate, .beta2 = 0.95, .eps = 1e-10, .weight_decay = 0.0}, executor);
   }
 
-  static Index saved_number(const eb::SafetensorsFile& file, const std::string& path, const std::string& key) {
+  static Index saved_number(const eb::SafetensorsFile& file, const std::string& path,
+                            const std::string& key) {
     const auto found = file.metadata().find(key);
-    if (found == file.metadata().end()) throw eb::data_error(path + " is no checkpoint: it does not say its " + key);
+    if (found == file.metadata().end())
+      throw eb::data_error(path + " is no checkpoint: it does not say its " + key);
     try {
       return std::stoll(found->second);
     } catch (const std::exception&) {
@@ -132,13 +142,14 @@ class Trainer {
   }
 
   template <class M>
-  static void read(const eb::SafetensorsFile& file, const std::string& path, const std::string& name, M& to) {
+  static void read(const eb::SafetensorsFile& file, const std::string& path,
+                   const std::string& name, M& to) {
     if (!file.contains(name)) throw eb::data_error(path + " has no tensor " + name);
     const Matrix<S> from = file.matrix<S>(name);
     if (from.size() != to.size() || (from.rows() != to.rows() && from.rows() != 1)) {
       throw eb::data_error(path + ": " + name + " is " + std::to_string(from.rows()) + " x " +
-                           std::to_string(from.cols()) + ", this model's is " + std::to_string(to.rows()) + " x " +
-                           std::to_string(to.cols()));
+                           std::to_string(from.cols()) + ", this model's is " +
+                           std::to_string(to.rows()) + " x " + std::to_string(to.cols()));
     }
     to = Eigen::Map<const M>(from.data(), to.rows(), to.cols());
   }

@@ -22,7 +22,8 @@ struct Sdpa {
   Matrix<S> q, k, v, bias, dout, dlse;
   eb::BoolMatrix mask;
   Vector<S> slopes, sinks, row_scale;
-  bool has_bias = false, has_mask = false, has_sinks = false, has_row_scale = false, has_slopes = false;
+  bool has_bias = false, has_mask = false, has_sinks = false, has_row_scale = false,
+       has_slopes = false;
   bool causal = false;
   Index window_left = kUnbounded, window_right = kUnbounded, prefix = 0;
   double softcap = 0;
@@ -62,7 +63,8 @@ Sdpa<golden::scalar_of<C>> read_sdpa(C& c) {
   if ((x.has_mask = c.has("in.mask"))) {
     const auto keep = c.integers("in.mask");
     x.mask.resize(x.q.rows(), x.k.rows());
-    for (Index i = 0; i < x.mask.size(); ++i) x.mask.data()[i] = keep[static_cast<std::size_t>(i)] != 0;
+    for (Index i = 0; i < x.mask.size(); ++i)
+      x.mask.data()[i] = keep[static_cast<std::size_t>(i)] != 0;
   }
   if ((x.has_slopes = c.has("in.alibi_slopes"))) x.slopes = c.vector("in.alibi_slopes");
   if ((x.has_sinks = c.has("in.sinks"))) x.sinks = c.vector("in.sinks");
@@ -93,8 +95,8 @@ void run_kernel(C& c, const Sdpa<S>& x, const Rule& rule, const eb::detail::Tile
   Matrix<S> out(x.q.rows(), heads * e), lse(x.q.rows(), heads);
   const auto tensors = x.tensors();
   eb::Workspace workspace;
-  eb::detail::attention_forward_into<Shape>(x.q, x.k, x.v, out, lse, x.shape, rule, tensors, eb::serial, workspace,
-                                            tuning);
+  eb::detail::attention_forward_into<Shape>(x.q, x.k, x.v, out, lse, x.shape, rule, tensors,
+                                            eb::serial, workspace, tuning);
   c.expect("out.out", out);
   c.expect("out.lse", lse);
   if (!c.has("gin.q")) return;
@@ -106,8 +108,9 @@ void run_kernel(C& c, const Sdpa<S>& x, const Rule& rule, const eb::detail::Tile
   if (c.has("gin.sinks")) gradients.sinks = &dsinks;
   if (x.dlse.size() > 0) gradients.upstream_lse = &x.dlse;
   const Matrix<S> dout = x.dout.size() > 0 ? x.dout : Matrix<S>::Zero(out.rows(), out.cols());
-  eb::detail::attention_backward_into<Shape>(lse, x.q, x.k, x.v, out, dout, dq, dk, dv, x.shape, rule, tensors,
-                                             &gradients, eb::serial, workspace, tuning);
+  eb::detail::attention_backward_into<Shape>(lse, x.q, x.k, x.v, out, dout, dq, dk, dv, x.shape,
+                                             rule, tensors, &gradients, eb::serial, workspace,
+                                             tuning);
   c.expect("gin.q", dq);
   c.expect("gin.k", dk);
   c.expect("gin.v", dv);
@@ -123,18 +126,21 @@ void run_splits(C& c, const Sdpa<S>& x, const Rule& rule, Index splits) {
   Matrix<S> out = Matrix<S>::Zero(rows, heads * e);
   Matrix<S> lse = Matrix<S>::Constant(rows, heads, -std::numeric_limits<S>::infinity());
   for (Index s = 0; s < splits; ++s) {
-    const Index begin = std::min(s * chunk, x.k.rows()), count = std::min(chunk, x.k.rows() - begin);
+    const Index begin = std::min(s * chunk, x.k.rows()),
+                count = std::min(chunk, x.k.rows() - begin);
     eb::AttentionShape shape = x.shape;
     shape.key_offset = begin;
     eb::AttentionTensors<S> tensors = x.tensors();
     const Matrix<S> bias = x.has_bias ? Matrix<S>(x.bias.middleCols(begin, count)) : Matrix<S>();
-    const eb::BoolMatrix mask = x.has_mask ? eb::BoolMatrix(x.mask.middleCols(begin, count)) : eb::BoolMatrix();
+    const eb::BoolMatrix mask =
+        x.has_mask ? eb::BoolMatrix(x.mask.middleCols(begin, count)) : eb::BoolMatrix();
     if (x.has_bias) tensors.bias = &bias;
     if (x.has_mask) tensors.mask = &mask;
     if (s > 0) tensors.sinks = nullptr;  // a sink belongs to one part
     Matrix<S> part(rows, heads * e);
-    const auto saved = eb::attention_forward(x.q, x.k.middleRows(begin, count), x.v.middleRows(begin, count), part,
-                                             shape, rule, tensors);
+    const auto saved =
+        eb::attention_forward(x.q, x.k.middleRows(begin, count), x.v.middleRows(begin, count), part,
+                              shape, rule, tensors);
     eb::attention_merge_into(out, lse, part, saved.lse);
   }
   c.expect("out.out", out);
@@ -150,7 +156,8 @@ struct RowScore {
   Index row;
   S operator()(S s, Index, Index j, Index h) const {
     s = rule->score(s, row + x->shape.query_offset, j, h);
-    return x->has_bias ? s + x->bias(x->bias.rows() == x->q.rows() ? row : h * x->q.rows() + row, j) : s;
+    return x->has_bias ? s + x->bias(x->bias.rows() == x->q.rows() ? row : h * x->q.rows() + row, j)
+                       : s;
   }
   S grad(S, Index, Index, Index) const { return S(1); }
 };
@@ -159,7 +166,8 @@ template <class C, class S, class Rule>
 void run_cache_rows(C& c, const Sdpa<S>& x, const Rule& rule) {
   const Index rows = x.q.rows(), heads = x.shape.heads, e = x.v.cols() / x.shape.kv_heads;
   if (x.k.rows() == 0) return;  // a query needs a position in the cache
-  eb::KvCache<S> cache({.kv_heads = x.shape.kv_heads, .head_dim = x.k.cols() / x.shape.kv_heads, .value_dim = e});
+  eb::KvCache<S> cache(
+      {.kv_heads = x.shape.kv_heads, .head_dim = x.k.cols() / x.shape.kv_heads, .value_dim = e});
   cache.append(x.k, x.v);
   Matrix<S> out(rows, heads * e), lse(rows, heads);
   eb::AttentionShape shape = x.shape;
@@ -168,7 +176,8 @@ void run_cache_rows(C& c, const Sdpa<S>& x, const Rule& rule) {
     const auto keep = [&](Index, Index j, Index h) {
       const bool bias_hides = x.has_bias && x.bias(x.bias.rows() == rows ? i : h * rows + i, j) ==
                                                 -std::numeric_limits<S>::infinity();
-      return rule.mask(i + x.shape.query_offset, j, h) && (!x.has_mask || x.mask(i, j)) && !bias_hides;
+      return rule.mask(i + x.shape.query_offset, j, h) && (!x.has_mask || x.mask(i, j)) &&
+             !bias_hides;
     };
     eb::AttentionTensors<S> tensors;
     if (x.has_sinks) tensors.sinks = &x.sinks;
@@ -180,7 +189,8 @@ void run_cache_rows(C& c, const Sdpa<S>& x, const Rule& rule) {
     Matrix<S> row_lse(1, heads);
     auto row = out.middleRows(i, 1);
     eb::attention_over_cache(cache, x.q.middleRows(i, 1), row, shape,
-                             eb::attention_rule(keep, RowScore<S, Rule>{&x, &rule, i}), tensors, &row_lse);
+                             eb::attention_rule(keep, RowScore<S, Rule>{&x, &rule, i}), tensors,
+                             &row_lse);
     lse.row(i) = row_lse.row(0);
   }
   c.expect("out.out", out);
@@ -190,7 +200,8 @@ void run_cache_rows(C& c, const Sdpa<S>& x, const Rule& rule) {
 /// The public oracle, in double whatever the run.
 template <class C, class Rule>
 void run_reference(C& c, const Sdpa<double>& x, const Rule& rule) {
-  Matrix<double> out(x.q.rows(), x.shape.heads * x.v.cols() / x.shape.kv_heads), lse(x.q.rows(), x.shape.heads);
+  Matrix<double> out(x.q.rows(), x.shape.heads * x.v.cols() / x.shape.kv_heads),
+      lse(x.q.rows(), x.shape.heads);
   eb::attention_reference(x.q, x.k, x.v, out, lse, x.shape, rule, x.tensors());
   c.expect("out.out", out);
   c.expect("out.lse", lse);
@@ -201,8 +212,10 @@ void run_reference(C& c, const Sdpa<double>& x, const Rule& rule) {
   if (c.has("gin.bias")) gradients.bias = &dbias;
   if (c.has("gin.sinks")) gradients.sinks = &dsinks;
   if (x.dlse.size() > 0) gradients.upstream_lse = &x.dlse;
-  const Matrix<double> dout = x.dout.size() > 0 ? x.dout : Matrix<double>::Zero(out.rows(), out.cols());
-  eb::attention_reference_backward(x.q, x.k, x.v, dout, dq, dk, dv, x.shape, rule, x.tensors(), &gradients);
+  const Matrix<double> dout =
+      x.dout.size() > 0 ? x.dout : Matrix<double>::Zero(out.rows(), out.cols());
+  eb::attention_reference_backward(x.q, x.k, x.v, dout, dq, dk, dv, x.shape, rule, x.tensors(),
+                                   &gradients);
   c.expect("gin.q", dq);
   c.expect("gin.k", dk);
   c.expect("gin.v", dv);
@@ -253,7 +266,8 @@ struct VarlenOp {
     const auto cu_q = c.integers("in.cu_seqlens_q"), cu_k = c.integers("in.cu_seqlens_k");
     with_rule(x, [&](const auto& rule) {
       Matrix<S> out(x.q.rows(), x.shape.heads * x.v.cols() / x.shape.kv_heads);
-      const auto saved = eb::attention_varlen_forward(x.q, x.k, x.v, cu_q, cu_k, out, x.shape, rule);
+      const auto saved =
+          eb::attention_varlen_forward(x.q, x.k, x.v, cu_q, cu_k, out, x.shape, rule);
       c.expect("out.out", out);
       c.expect("out.lse", saved.lse);
       if (!c.has("gin.q")) return;
@@ -261,8 +275,8 @@ struct VarlenOp {
       eb::AttentionTensorGradients<S> gradients;
       if (x.dlse.size() > 0) gradients.upstream_lse = &x.dlse;
       const Matrix<S> dout = x.dout.size() > 0 ? x.dout : Matrix<S>::Zero(out.rows(), out.cols());
-      eb::attention_varlen_backward(saved, x.q, x.k, x.v, cu_q, cu_k, out, dout, dq, dk, dv, x.shape, rule, {},
-                                    &gradients);
+      eb::attention_varlen_backward(saved, x.q, x.k, x.v, cu_q, cu_k, out, dout, dq, dk, dv,
+                                    x.shape, rule, {}, &gradients);
       c.expect("gin.q", dq);
       c.expect("gin.k", dk);
       c.expect("gin.v", dv);
@@ -276,18 +290,20 @@ struct SplitOp {
     using S = golden::scalar_of<C>;
     const Sdpa<S> x = read_sdpa(c);
     const Index splits = c.param_int("n_splits"), rows = x.q.rows(), heads = x.shape.heads;
-    const Index width = heads * x.v.cols() / x.shape.kv_heads, chunk = (x.k.rows() + splits - 1) / splits;
+    const Index width = heads * x.v.cols() / x.shape.kv_heads,
+                chunk = (x.k.rows() + splits - 1) / splits;
     Matrix<S> out_parts(splits * rows, width), lse_parts(splits * rows, heads);
     Matrix<S> out = Matrix<S>::Zero(rows, width);
     Matrix<S> lse = Matrix<S>::Constant(rows, heads, -std::numeric_limits<S>::infinity());
     with_rule(x, [&](const auto& rule) {
       for (Index s = 0; s < splits; ++s) {
-        const Index begin = std::min(s * chunk, x.k.rows()), count = std::min(chunk, x.k.rows() - begin);
+        const Index begin = std::min(s * chunk, x.k.rows()),
+                    count = std::min(chunk, x.k.rows() - begin);
         eb::AttentionShape shape = x.shape;
         shape.key_offset = begin;
         auto part = out_parts.middleRows(s * rows, rows);
-        const auto saved = eb::attention_forward(x.q, x.k.middleRows(begin, count), x.v.middleRows(begin, count), part,
-                                                 shape, rule);
+        const auto saved = eb::attention_forward(x.q, x.k.middleRows(begin, count),
+                                                 x.v.middleRows(begin, count), part, shape, rule);
         lse_parts.middleRows(s * rows, rows) = saved.lse;
         eb::attention_merge_into(out, lse, part, saved.lse);
       }
@@ -315,7 +331,8 @@ struct MergeOp {
       lse = Matrix<S>::Constant(rows, heads, -std::numeric_limits<S>::infinity());
       for (Index p = 0; p < parts; ++p) {
         const Index at = (reversed ? parts - 1 - p : p) * rows;
-        eb::attention_merge_into(out, lse, out_parts.middleRows(at, rows), lse_parts.middleRows(at, rows));
+        eb::attention_merge_into(out, lse, out_parts.middleRows(at, rows),
+                                 lse_parts.middleRows(at, rows));
       }
       c.expect("out.out", out);
       c.expect("out.lse", lse);
@@ -327,8 +344,9 @@ struct MergeOp {
     for (Index p = 0; p < parts; ++p) {
       auto dpart = dout_parts.middleRows(p * rows, rows);
       auto dpart_lse = dlse_parts.middleRows(p * rows, rows);
-      eb::attention_merge_backward(out_parts.middleRows(p * rows, rows), lse_parts.middleRows(p * rows, rows), out, lse,
-                                   dout, dpart, dpart_lse, &dlse);
+      eb::attention_merge_backward(out_parts.middleRows(p * rows, rows),
+                                   lse_parts.middleRows(p * rows, rows), out, lse, dout, dpart,
+                                   dpart_lse, &dlse);
     }
     if (c.has("gin.out_parts")) c.expect("gin.out_parts", dout_parts);
     if (c.has("gin.lse_parts")) c.expect("gin.lse_parts", dlse_parts);
@@ -339,10 +357,12 @@ struct AlibiSlopesOp {
   template <class C>
   void operator()(C& c) const {
     const std::string convention = c.param("convention", "bloom");
-    if (convention != "bloom" && convention != "mpt") throw std::runtime_error("unknown convention " + convention);
-    c.expect("out.slopes", eb::alibi_slopes<golden::scalar_of<C>>(c.param_int("n_heads"), convention == "bloom"
-                                                                                              ? eb::AlibiConvention::bloom
-                                                                                              : eb::AlibiConvention::mpt));
+    if (convention != "bloom" && convention != "mpt")
+      throw std::runtime_error("unknown convention " + convention);
+    c.expect("out.slopes",
+             eb::alibi_slopes<golden::scalar_of<C>>(
+                 c.param_int("n_heads"),
+                 convention == "bloom" ? eb::AlibiConvention::bloom : eb::AlibiConvention::mpt));
   }
 };
 

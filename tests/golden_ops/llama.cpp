@@ -7,12 +7,12 @@
 
 namespace {
 
-using example::Llama;
-using example::LlamaConfig;
-using example::LlamaWeights;
 using eigenblocks::Index;
 using eigenblocks::Matrix;
 using eigenblocks::Vector;
+using example::Llama;
+using example::LlamaConfig;
+using example::LlamaWeights;
 
 struct LlamaOp {
   template <class C>
@@ -27,8 +27,9 @@ struct LlamaOp {
                              .rope_base = c.param_real("rope_base"),
                              .eps = c.param_real("eps"),
                              .tied = c.param_flag("tied"),
-                             .rope_layout = c.param("rope_layout") == "interleaved" ? eigenblocks::RopeLayout::interleaved
-                                                                                     : eigenblocks::RopeLayout::half};
+                             .rope_layout = c.param("rope_layout") == "interleaved"
+                                                ? eigenblocks::RopeLayout::interleaved
+                                                : eigenblocks::RopeLayout::half};
     const Llama<S> model(config);
     LlamaWeights<S> w = model.shaped_weights();
     for_each_parameter(w, [&](const std::string& name, auto& p) {
@@ -44,8 +45,10 @@ struct LlamaOp {
     typename Llama<S>::Slice slice;
     c.expect("out.logits", model.forward(w, ids, {}, slice));
     const double weight = 1.0 / static_cast<double>(rows);
-    c.expect("out.loss", static_cast<S>(weight * model.forward_backward(w, ids, targets, {}, weight, slice)));
-    for_each_parameter(slice.gradients, [&](const std::string& name, auto& g) { c.expect("gin." + name, g); });
+    c.expect("out.loss",
+             static_cast<S>(weight * model.forward_backward(w, ids, targets, {}, weight, slice)));
+    for_each_parameter(slice.gradients,
+                       [&](const std::string& name, auto& g) { c.expect("gin." + name, g); });
 
     for (const Index chunk : {Index{1}, Index{2}, rows}) {
       c.form("steps of " + std::to_string(chunk));
@@ -53,7 +56,9 @@ struct LlamaOp {
       Matrix<S> logits(rows, config.vocab), part;
       for (Index t = 0; t < rows; t += chunk) {
         const Index n = std::min(chunk, rows - t);
-        model.step(w, state, std::span(ids).subspan(static_cast<std::size_t>(t), static_cast<std::size_t>(n)), part);
+        model.step(w, state,
+                   std::span(ids).subspan(static_cast<std::size_t>(t), static_cast<std::size_t>(n)),
+                   part);
         logits.middleRows(t, n) = part;
       }
       c.expect("out.logits", logits);

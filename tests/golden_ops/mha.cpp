@@ -20,7 +20,8 @@ eb::MhaOptions read_options(C& c) {
   o.head_dim = c.param_int("head_dim");
   o.rope_base = c.param_real("rope_theta");
   const std::string layout = c.param("rope_layout", "half");
-  if (layout != "half" && layout != "interleaved") throw std::runtime_error("unknown rope_layout " + layout);
+  if (layout != "half" && layout != "interleaved")
+    throw std::runtime_error("unknown rope_layout " + layout);
   o.rope_layout = layout == "half" ? eb::RopeLayout::half : eb::RopeLayout::interleaved;
   const std::string norm = c.param("qk_norm", "none");
   if (norm == "rms_head") {
@@ -92,11 +93,12 @@ struct MhaOp {
   }
 
   template <class C, class S>
-  static void backward(C& c, const eb::Mha<S>& layer, const eb::MhaWeights<S>& weights, const eb::MhaSaved<S>& saved,
-                       const Matrix<S>& x, Index first) {
+  static void backward(C& c, const eb::Mha<S>& layer, const eb::MhaWeights<S>& weights,
+                       const eb::MhaSaved<S>& saved, const Matrix<S>& x, Index first) {
     Matrix<S> dx(x.rows(), x.cols());
     eb::MhaWeights<S> g;
-    eb::mha_backward(layer, weights, saved, x, c.matrix("gout.out"), dx, g, {.first_position = first});
+    eb::mha_backward(layer, weights, saved, x, c.matrix("gout.out"), dx, g,
+                     {.first_position = first});
     c.expect("gin.x", dx);
     c.expect("gin.w_q", g.w_q);
     c.expect("gin.w_k", g.w_k);

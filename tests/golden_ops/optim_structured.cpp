@@ -1,4 +1,5 @@
-// Optimisers, clipping, schedules and softmax cross entropy.  (Blocks of nn/ are in nn.cpp, the decoder in llama.cpp.)
+// Optimisers, clipping, schedules and softmax cross entropy.  (Blocks of nn/ are in nn.cpp, the
+// decoder in llama.cpp.)
 #include "support/golden.hpp"
 
 #include <eigenblocks/core/thread_pool.hpp>
@@ -17,15 +18,16 @@ namespace {
 
 using namespace eigenblocks;
 
-/// Runs `step(weight, gradient)` on the N gradients of in.G [N, m, n] from in.W; returns the N values of the weight as
-/// N x (m n).
+/// Runs `step(weight, gradient)` on the N gradients of in.G [N, m, n] from in.W; returns the N
+/// values of the weight as N x (m n).
 template <class C, class Step>
 auto trajectory(C& c, Step&& step) {
   using S = golden::scalar_of<C>;
   Matrix<S> weight = c.matrix("in.W");
   const Matrix<S> gradients = c.matrix("in.G");
   const Index rows = weight.rows(), cols = weight.cols();
-  if (c.param_int("steps") != gradients.rows()) throw std::runtime_error("steps is not rows of in.G");
+  if (c.param_int("steps") != gradients.rows())
+    throw std::runtime_error("steps is not rows of in.G");
   Matrix<S> weights(gradients.rows(), rows * cols);
   for (Index t = 0; t < gradients.rows(); ++t) {
     step(weight, Eigen::Map<const Matrix<S>>(gradients.row(t).data(), rows, cols));
@@ -176,8 +178,7 @@ void muon_step_case(C& c) {
   c.form("transposed, the other layout");
   state = {};
   MuonOptions other = options;
-  other.layout =
-      options.layout == MuonLayout::in_out ? MuonLayout::out_in : MuonLayout::in_out;
+  other.layout = options.layout == MuonLayout::in_out ? MuonLayout::out_in : MuonLayout::in_out;
   c.expect("out.W", trajectory(c, [&](Matrix<S>& w, const auto& g) {
              Matrix<S> wt = w.transpose();
              const Matrix<S> gt = g.transpose();

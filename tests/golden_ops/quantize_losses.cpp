@@ -1,4 +1,5 @@
-// Token losses: cross_entropy and linear_cross_entropy.  (Quantisers, densities and the rest of the folder: later.)
+// Token losses: cross_entropy and linear_cross_entropy.  (Quantisers, densities and the rest of the
+// folder: later.)
 #include "support/golden.hpp"
 
 #include <eigenblocks/core/thread_pool.hpp>
@@ -103,8 +104,9 @@ void linear_cross_entropy_case(C& c) {
   const auto fused = [&] {
     const double gout = upstream[0];
     const CrossEntropySaved saved =
-        has_bias ? linear_cross_entropy_fused(hidden, weight, bias, targets, gout, dh, dw, db, options)
-                 : linear_cross_entropy_fused(hidden, weight, targets, gout, dh, dw, options);
+        has_bias
+            ? linear_cross_entropy_fused(hidden, weight, bias, targets, gout, dh, dw, db, options)
+            : linear_cross_entropy_fused(hidden, weight, targets, gout, dh, dw, options);
     expect_losses(c, saved, options.loss);
     expect_gradients();
   };
@@ -125,9 +127,8 @@ void linear_cross_entropy_case(C& c) {
   options.layout = HeadLayout::class_columns;
   const Matrix<S> transposed = weight.transpose();
   Matrix<S> dtransposed(transposed.rows(), transposed.cols());
-  const CrossEntropySaved saved =
-      linear_cross_entropy_forward(hidden, transposed, has_bias ? bias : Vector<S>::Zero(weight.rows()),
-                                   targets, options);
+  const CrossEntropySaved saved = linear_cross_entropy_forward(
+      hidden, transposed, has_bias ? bias : Vector<S>::Zero(weight.rows()), targets, options);
   expect_losses(c, saved, options.loss);
   db.resize(weight.rows());
   linear_cross_entropy_backward(saved, hidden, transposed,

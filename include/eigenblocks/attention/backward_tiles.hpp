@@ -15,6 +15,7 @@
 
 #include <eigenblocks/attention/forward_tiles.hpp>
 
+#include <numeric>
 #include <vector>
 
 EIGENBLOCKS_NAMESPACE_BEGIN
@@ -24,7 +25,8 @@ namespace detail {
 template <RealScalar S, StorageScalar T, class Rule, class Shape = TileShape<S>>
 class BackwardTiles {
   using P = simd::Packet<S>;
-  static constexpr int kW = simd::kLanes<S>, kMR = Shape::kRows, kNV = Shape::kVectors, kNQ = kNV * kW;
+  static constexpr int kW = simd::kLanes<S>, kMR = Shape::kRows, kNV = Shape::kVectors,
+                       kNQ = kNV * kW;
   static constexpr int kGR = Shape::kGradientRows;
   static constexpr Index kParts = 4, kMaxGroup = 16;
   static constexpr S kNone = -std::numeric_limits<S>::infinity();
@@ -42,15 +44,24 @@ class BackwardTiles {
   };
 
   BackwardTiles(const AttentionSizes& sizes, const AttentionShape& shape, const Rule& rule,
-                const AttentionTensors<S>& tensors, const AttentionTensorGradients<S>& gradients, const Operands& x,
-                const TileTuning& tuning)
-      : n_(sizes), shape_(shape), rule_(rule), tensors_(tensors), gradients_(gradients), x_(x),
-        block_(round_up(std::max<Index>(1, std::min<Index>(tuning.key_block, 96)), kMR * kGR / 2)),
+                const AttentionTensors<S>& tensors, const AttentionTensorGradients<S>& gradients,
+                const Operands& x, const TileTuning& tuning)
+      : n_(sizes),
+        shape_(shape),
+        rule_(rule),
+        tensors_(tensors),
+        gradients_(gradients),
+        x_(x),
+        block_(round_up(std::max<Index>(1, std::min<Index>(tuning.key_block, 96)),
+                        std::lcm(kMR, kGR))),
         group_tiles_(std::clamp<Index>(tuning.query_tiles, 1, kMaxGroup)),
-        tiles_((n_.queries + kNQ - 1) / kNQ), blocks_((n_.keys + block_ - 1) / block_),
-        key_rows_(round_up(n_.key_dim, kMR)), key_cols_(round_up(n_.key_dim, kW)),
+        tiles_((n_.queries + kNQ - 1) / kNQ),
+        blocks_((n_.keys + block_ - 1) / block_),
+        key_rows_(round_up(n_.key_dim, kMR)),
+        key_cols_(round_up(n_.key_dim, kW)),
         value_cols_(round_up(n_.value_dim, kW)),
-        natural_(!std::is_same_v<typename Rule::score_type, IdentityScore> || tensors.bias != nullptr) {}
+        natural_(!std::is_same_v<typename Rule::score_type, IdentityScore> ||
+                 tensors.bias != nullptr) {}
 
   void run(ExecutorRef executor, Workspace& workspace) {
     if (gradients_.bias) gradients_.bias->setZero();
@@ -60,7 +71,8 @@ class BackwardTiles {
     }
     workspace.prepare(executor.workers());
     // A bias shared by the heads collects from all of them: then heads go one after another.
-    const bool heads_in_turn = gradients_.bias && gradients_.bias->rows() == n_.queries && n_.heads > 1;
+    const bool heads_in_turn =
+        gradients_.bias && gradients_.bias->rows() == n_.queries && n_.heads > 1;
     if (n_.kv_heads >= kParts && !heads_in_turn) {
       executor.run(n_.kv_heads, [&](Index kv, int worker) {
         Buffers b(*this, workspace.arena(worker, buffer_bytes(1)), 1);
@@ -74,7 +86,8 @@ class BackwardTiles {
     if (gradients_.row_scale) {
       for (Index i = 0; i < n_.queries; ++i) {
         S sum = 0;
-        for (Index h = 0; h < n_.heads; ++h) sum += rho_gradient_[static_cast<std::size_t>(h * n_.queries + i)];
+        for (Index h = 0; h < n_.heads; ++h)
+          sum += rho_gradient_[static_cast<std::size_t>(h * n_.queries + i)];
         (*gradients_.row_scale)[i] = sum;
       }
     }
@@ -82,14 +95,14 @@ class BackwardTiles {
 
  private:
   struct Buffers {
-    S *k_scores, *v_scores, *k_panels;          // packed keys and values of the kv head
-    S *dkey, *dvalue;                           // accumulators, rows padded to registers
-    S *query_tiles, *dout_tiles;                // [tile][channel][NQ]
-    S *query_rows, *dout_rows;                  // [row][padded channel]
-    S *lse, *delta;                             // [row]; lse is +inf where there is nothing to do
-    S *dquery;                                  // [part][tile][channel][NQ]
-    S *probability, *dscore, *addend;           // [part] scratch of the sweep
-    S* scratch;                                 // [tile] or [key block]
+    S *k_scores, *v_scores, *k_panels;  // packed keys and values of the kv head
+    S *dkey, *dvalue;                   // accumulators, rows padded to registers
+    S *query_tiles, *dout_tiles;        // [tile][channel][NQ]
+    S *query_rows, *dout_rows;          // [row][padded channel]
+    S *lse, *delta;                     // [row]; lse is +inf where there is nothing to do
+    S* dquery;                          // [part][tile][channel][NQ]
+    S *probability, *dscore, *addend;   // [part] scratch of the sweep
+    S* scratch;                         // [tile] or [key block]
     Buffers(const BackwardTiles& t, Arena arena, Index parts) {
       const Index rows = t.tiles_ * kNQ, keys = t.blocks_ * t.block_;
       k_scores = arena.take<S>(keys * t.n_.key_dim);
@@ -114,10 +127,12 @@ class BackwardTiles {
   Index scratch_scalars() const { return kNQ * std::max(n_.key_dim, n_.value_dim) + kNQ; }
   std::size_t buffer_bytes(Index parts) const {
     const Index rows = tiles_ * kNQ, keys = blocks_ * block_;
-    return padded_bytes<S>(keys * (n_.key_dim + n_.value_dim + key_rows_ + key_cols_ + value_cols_) +
-                           rows * (n_.key_dim + n_.value_dim + key_cols_ + value_cols_ + 2 + parts * key_rows_) +
-                           parts * (2 * sweep_scalars() + block_ * kNQ) +
-                           std::max(blocks_, tiles_) * scratch_scalars()) +
+    return padded_bytes<S>(
+               keys * (n_.key_dim + n_.value_dim + key_rows_ + key_cols_ + value_cols_) +
+               rows *
+                   (n_.key_dim + n_.value_dim + key_cols_ + value_cols_ + 2 + parts * key_rows_) +
+               parts * (2 * sweep_scalars() + block_ * kNQ) +
+               std::max(blocks_, tiles_) * scratch_scalars()) +
            16 * kAlignment;
   }
 
@@ -127,11 +142,12 @@ class BackwardTiles {
       const T* const k = x_.key + at * x_.key_stride + kv * n_.key_dim;
       const T* const v = x_.value + at * x_.value_stride + kv * n_.value_dim;
       S* const scratch = b.scratch + block * scratch_scalars();  // used for 16-bit storage only
-      pack_row_panels<kMR>(keys, n_.key_dim, k, x_.key_stride, b.k_scores + at * n_.key_dim, scratch);
+      pack_row_panels<kMR>(keys, n_.key_dim, k, x_.key_stride, b.k_scores + at * n_.key_dim,
+                           scratch);
       pack_row_panels<kMR>(keys, n_.value_dim, v, x_.value_stride, b.v_scores + at * n_.value_dim,
                            scratch);
-      pack_column_panels<kMR>(keys, n_.key_dim, k, x_.key_stride, b.k_panels + at * key_rows_, keys * kMR,
-                              scratch);
+      pack_column_panels<kMR>(keys, n_.key_dim, k, x_.key_stride, b.k_panels + at * key_rows_,
+                              keys * kMR, scratch);
     });
     std::fill_n(b.dkey, blocks_ * block_ * key_cols_, S(0));
     std::fill_n(b.dvalue, blocks_ * block_ * value_cols_, S(0));
@@ -147,7 +163,8 @@ class BackwardTiles {
     executor.run(blocks_, [&](Index block, int) {
       const S scale = static_cast<S>(n_.scale);
       for (Index j = block * block_; j < std::min(n_.keys, (block + 1) * block_); ++j) {
-        store_row(b.dkey + j * key_cols_, n_.key_dim, scale, x_.dkey + j * x_.dkey_stride + kv * n_.key_dim);
+        store_row(b.dkey + j * key_cols_, n_.key_dim, scale,
+                  x_.dkey + j * x_.dkey_stride + kv * n_.key_dim);
         store_row(b.dvalue + j * value_cols_, n_.value_dim, S(1),
                   x_.dvalue + j * x_.dvalue_stride + kv * n_.value_dim);
       }
@@ -160,11 +177,13 @@ class BackwardTiles {
   }
 
   KeyRange visible(Index tile) const {
-    const Index i0 = tile * kNQ + shape_.query_offset, i1 = std::min(n_.queries, (tile + 1) * kNQ) + shape_.query_offset;
+    const Index i0 = tile * kNQ + shape_.query_offset,
+                i1 = std::min(n_.queries, (tile + 1) * kNQ) + shape_.query_offset;
     const KeyRange range = detail::key_range(rule_.mask, i0, i1);
     return {std::clamp<Index>(range.begin - shape_.key_offset, 0, n_.keys),
-            range.end >= n_.keys + shape_.key_offset ? n_.keys
-                                                     : std::clamp<Index>(range.end - shape_.key_offset, 0, n_.keys)};
+            range.end >= n_.keys + shape_.key_offset
+                ? n_.keys
+                : std::clamp<Index>(range.end - shape_.key_offset, 0, n_.keys)};
   }
 
   /// Transposed and row copies of one query tile; clears its dQ.
@@ -177,12 +196,14 @@ class BackwardTiles {
     const T* const go = x_.dout + row0 * x_.dout_stride + h * e;
     const S unit = static_cast<S>(natural_ ? n_.scale : n_.scale * kLog2e);
     for (Index x = 0; x < kNQ; ++x) factor[x] = x < count ? unit * rho(row0 + x) : S(0);
-    pack_query_tile<S>(count, d, q, x_.query_stride, kNQ, factor, b.query_tiles + row0 * d, scratch);
+    pack_query_tile<S>(count, d, q, x_.query_stride, kNQ, factor, b.query_tiles + row0 * d,
+                       scratch);
     std::fill_n(factor, kNQ, S(1));
     pack_query_tile<S>(count, e, go, x_.dout_stride, kNQ, factor, b.dout_tiles + row0 * e, scratch);
     for (Index x = 0; x < kNQ; ++x) {
       const Index i = row0 + x;
-      RowVectorMap query(b.query_rows + i * key_cols_, key_cols_), dout(b.dout_rows + i * value_cols_, value_cols_);
+      RowVectorMap query(b.query_rows + i * key_cols_, key_cols_),
+          dout(b.dout_rows + i * value_cols_, value_cols_);
       query.setZero();
       dout.setZero();
       b.lse[i] = std::numeric_limits<S>::infinity();
@@ -193,7 +214,8 @@ class BackwardTiles {
       const S lse = x_.lse[i * x_.lse_stride + h];
       if (lse == kNone) continue;  // no visible key: every probability is 0
       b.lse[i] = natural_ ? lse : lse * static_cast<S>(kLog2e);
-      b.delta[i] = dout.head(e).dot(RowMap(x_.out + i * x_.out_stride + h * e, e).template cast<S>());
+      b.delta[i] =
+          dout.head(e).dot(RowMap(x_.out + i * x_.out_stride + h * e, e).template cast<S>());
       if (gradients_.upstream_lse) b.delta[i] -= (*gradients_.upstream_lse)(i, h);
     }
     for (Index p = 0; p < parts; ++p) {
@@ -214,17 +236,20 @@ class BackwardTiles {
     S* const addend = b.addend + part * block_ * kNQ;
     for (Index first = 0; first < tiles_; first += group_tiles_) {
       const Index count = std::min(group_tiles_, tiles_ - first);
-      Index low = keys, high = 0;  // hull of the visible key rows of the group, in whole gradient rows
+      Index low = keys,
+            high = 0;  // hull of the visible key rows of the group, in whole gradient rows
       bool any[kMaxGroup] = {};
       Index begin[kMaxGroup] = {}, end[kMaxGroup] = {};
       for (Index x = 0; x < count; ++x) {
         const KeyRange range = visible(first + x);
-        const Index a = std::max(range.begin - base, Index{0}), z = std::min(range.end - base, keys);
+        const Index a = std::max(range.begin - base, Index{0}),
+                    z = std::min(range.end - base, keys);
         const Index i0 = (first + x) * kNQ + shape_.query_offset;
         const Index i1 = std::min(n_.queries, (first + x + 1) * kNQ) + shape_.query_offset;
         TileClass tile_class = TileClass::empty;
         if (a < z) {
-          tile_class = detail::classify(rule_.mask, i0, i1, base + a + shape_.key_offset, base + z + shape_.key_offset);
+          tile_class = detail::classify(rule_.mask, i0, i1, base + a + shape_.key_offset,
+                                        base + z + shape_.key_offset);
         }
         any[x] = tile_class != TileClass::empty;
         if (!any[x]) continue;
@@ -248,11 +273,12 @@ class BackwardTiles {
           Index stop = x + 1;
           while (stop < count && any[stop] && r >= begin[stop] && r < end[stop]) ++stop;
           const Index rows = (first + x) * kNQ;
-          tile_rows<S, kGR>(value_cols_, stop - x, block_ * kNQ, kNQ, probability + (x * block_ + r) * kNQ,
-                            b.dout_rows + rows * value_cols_, value_cols_, b.dvalue + (base + r) * value_cols_,
-                            value_cols_);
+          tile_rows<S, kGR>(value_cols_, stop - x, block_ * kNQ, kNQ,
+                            probability + (x * block_ + r) * kNQ, b.dout_rows + rows * value_cols_,
+                            value_cols_, b.dvalue + (base + r) * value_cols_, value_cols_);
           tile_rows<S, kGR>(key_cols_, stop - x, block_ * kNQ, kNQ, dscore + (x * block_ + r) * kNQ,
-                            b.query_rows + rows * key_cols_, key_cols_, b.dkey + (base + r) * key_cols_, key_cols_);
+                            b.query_rows + rows * key_cols_, key_cols_,
+                            b.dkey + (base + r) * key_cols_, key_cols_);
           x = stop;
         }
       }
@@ -260,26 +286,28 @@ class BackwardTiles {
   }
 
   /// Rows [a, z) of one tile: probabilities, score gradients and this block's share of dQ.
-  void tile(Index h, Index index, Index base, Index a, Index z, Index keys, TileClass tile_class, const Buffers& b,
-            S* probability, S* dscore, S* addend, S* dquery) const {
+  void tile(Index h, Index index, Index base, Index a, Index z, Index keys, TileClass tile_class,
+            const Buffers& b, S* probability, S* dscore, S* addend, S* dquery) const {
     const Index row0 = index * kNQ, d = n_.key_dim, e = n_.value_dim;
     const Index g0 = a / kMR, g1 = (z + kMR - 1) / kMR;
-    tile_scores<S, kMR, kNV, false>(g1 - g0, d, b.k_scores + (base + g0 * kMR) * d, b.query_tiles + row0 * d,
-                                    probability + g0 * kMR * kNQ, nullptr);
-    tile_scores<S, kMR, kNV, false>(g1 - g0, e, b.v_scores + (base + g0 * kMR) * e, b.dout_tiles + row0 * e,
-                                    dscore + g0 * kMR * kNQ, nullptr);
+    tile_scores<S, kMR, kNV, false>(g1 - g0, d, b.k_scores + (base + g0 * kMR) * d,
+                                    b.query_tiles + row0 * d, probability + g0 * kMR * kNQ,
+                                    nullptr);
+    tile_scores<S, kMR, kNV, false>(g1 - g0, e, b.v_scores + (base + g0 * kMR) * e,
+                                    b.dout_tiles + row0 * e, dscore + g0 * kMR * kNQ, nullptr);
     if (!natural_ && tile_class == TileClass::full && tensors_.mask == nullptr) {
       plain_gradient(z - a, probability + a * kNQ, dscore + a * kNQ, b.lse + row0, b.delta + row0);
     } else {
-      general_gradient(h, row0, base + a, base + z, tile_class, probability + a * kNQ, dscore + a * kNQ, b.lse + row0,
-                       b.delta + row0, addend);
+      general_gradient(h, row0, base + a, base + z, tile_class, probability + a * kNQ,
+                       dscore + a * kNQ, b.lse + row0, b.delta + row0, addend);
     }
-    tile_accumulate<S, kMR, kNV, TileStart::keep>(key_rows_ / kMR, z - a, b.k_panels + base * key_rows_ + a * kMR,
+    tile_accumulate<S, kMR, kNV, TileStart::keep>(key_rows_ / kMR, z - a,
+                                                  b.k_panels + base * key_rows_ + a * kMR,
                                                   keys * kMR, dscore + a * kNQ, dquery, nullptr);
   }
 
-  static EIGENBLOCKS_NOINLINE void plain_gradient(Index rows, S* probability, S* dscore, const S* lse,
-                                                  const S* delta) {
+  static EIGENBLOCKS_NOINLINE void plain_gradient(Index rows, S* probability, S* dscore,
+                                                  const S* lse, const S* delta) {
     P l[std::size_t(kNV)], dl[std::size_t(kNV)];
     unroll<kNV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
       l[v] = simd::load<P>(lse + v * kW);
@@ -289,21 +317,22 @@ class BackwardTiles {
       unroll<kNV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
         const P p = simd::exp2(simd::sub(simd::load<P>(probability + v * kW), l[v]));
         simd::store<P>(probability + v * kW, p);
-        simd::store<P>(dscore + v * kW, simd::mul(p, simd::sub(simd::load<P>(dscore + v * kW), dl[v])));
+        simd::store<P>(dscore + v * kW,
+                       simd::mul(p, simd::sub(simd::load<P>(dscore + v * kW), dl[v])));
       });
     }
   }
 
-  EIGENBLOCKS_NOINLINE void general_gradient(Index h, Index row0, Index begin, Index end, TileClass tile_class,
-                                             S* probability, S* dscore, const S* lse, const S* delta,
-                                             S* addend) const {
+  EIGENBLOCKS_NOINLINE void general_gradient(Index h, Index row0, Index begin, Index end,
+                                             TileClass tile_class, S* probability, S* dscore,
+                                             const S* lse, const S* delta, S* addend) const {
     const Index count = std::min<Index>(kNQ, n_.queries - row0);
     const Index i0 = row0 + shape_.query_offset, last = i0 + count - 1;
     const Matrix<S>* const bias = tensors_.bias;
     const Index bias_row = bias && bias->rows() != n_.queries ? h * n_.queries + row0 : row0;
     if (bias) {
-      transpose_into<S, kW>(count, end - begin, bias->data() + bias_row * bias->cols() + begin, bias->cols(), addend,
-                            kNQ);
+      transpose_into<S, kW>(count, end - begin, bias->data() + bias_row * bias->cols() + begin,
+                            bias->cols(), addend, kNQ);
       for (Index x = count; x < kNQ; ++x) {
         for (Index r = 0; r < end - begin; ++r) addend[r * kNQ + x] = S(0);
       }
@@ -330,8 +359,9 @@ class BackwardTiles {
         if (natural_) x = simd::mul(x, simd::set1<P>(static_cast<S>(kLog2e)));
         const P hidden = simd::equal(s, none);
         const P p = simd::select(hidden, simd::zero<P>(), simd::exp2(x));
-        const P ds = simd::select(hidden, simd::zero<P>(),
-                                  simd::mul(p, simd::sub(simd::load<P>(dscore + v), simd::load<P>(delta + v))));
+        const P ds = simd::select(
+            hidden, simd::zero<P>(),
+            simd::mul(p, simd::sub(simd::load<P>(dscore + v), simd::load<P>(delta + v))));
         if (natural_) {
           if (gradients_.bias) simd::store<P>(addend + v, ds);
           if constexpr (kAccumulates) accumulate(h, i0 + v, last, j, ds, raw, hidden);
@@ -355,12 +385,14 @@ class BackwardTiles {
   P bool_lanes(Index row0, Index first_lane, Index count, Index col) const {
     S keep[std::size_t(kW)];
     for (Index x = 0; x < kW; ++x) {
-      keep[x] = first_lane + x < count && (*tensors_.mask)(row0 + first_lane + x, col) ? S(1) : S(0);
+      keep[x] =
+          first_lane + x < count && (*tensors_.mask)(row0 + first_lane + x, col) ? S(1) : S(0);
     }
     return simd::less(simd::zero<P>(), simd::load<P>(keep));
   }
 
-  void accumulate(Index h, Index i_first, Index last, Index j, const P& ds, const P& raw, const P& hidden) const {
+  void accumulate(Index h, Index i_first, Index last, Index j, const P& ds, const P& raw,
+                  const P& hidden) const {
     S gradient[std::size_t(kW)], s[std::size_t(kW)], skip[std::size_t(kW)];
     simd::store<P>(gradient, ds);
     simd::store<P>(s, raw);
@@ -383,18 +415,23 @@ class BackwardTiles {
       for (Index x = 0; x < count; ++x) {
         S product = 0;
         for (Index c = 0; c < d; ++c) {
-          product += sum[c * kNQ + x] * static_cast<S>(x_.query[(row0 + x) * x_.query_stride + h * d + c]);
+          product +=
+              sum[c * kNQ + x] * static_cast<S>(x_.query[(row0 + x) * x_.query_stride + h * d + c]);
         }
-        rho_gradient_[static_cast<std::size_t>(h * n_.queries + row0 + x)] = static_cast<S>(n_.scale) * product;
+        rho_gradient_[static_cast<std::size_t>(h * n_.queries + row0 + x)] =
+            static_cast<S>(n_.scale) * product;
       }
     }
-    for (Index x = 0; x < kNQ; ++x) factor[x] = x < count ? static_cast<S>(n_.scale) * rho(row0 + x) : S(0);
+    for (Index x = 0; x < kNQ; ++x)
+      factor[x] = x < count ? static_cast<S>(n_.scale) * rho(row0 + x) : S(0);
     for (Index c = 0; c < d; ++c) {
       for (int v = 0; v < kNQ; v += kW) {
-        simd::store<P>(sum + c * kNQ + v, simd::mul(simd::load<P>(sum + c * kNQ + v), simd::load<P>(factor + v)));
+        simd::store<P>(sum + c * kNQ + v,
+                       simd::mul(simd::load<P>(sum + c * kNQ + v), simd::load<P>(factor + v)));
       }
     }
-    unpack_query_tile<S>(count, d, sum, kNQ, x_.dquery + row0 * x_.dquery_stride + h * d, x_.dquery_stride, scratch);
+    unpack_query_tile<S>(count, d, sum, kNQ, x_.dquery + row0 * x_.dquery_stride + h * d,
+                         x_.dquery_stride, scratch);
   }
 
   void sink_gradient(Index h, const Buffers& b) const {
@@ -418,18 +455,20 @@ class BackwardTiles {
 };
 
 /// attention_backward with the tile sizes and the workspace chosen by the caller.
-template <class Shape = void, class L, MatrixLike Q, MatrixLike K, MatrixLike V, MatrixLike O, MatrixLike DO, class DQ, class DK,
-          class DV, class Rule>
-void attention_backward_into(const L& lse, const Q& query, const K& key, const V& value, const O& out, const DO& dout,
-                             DQ& dquery, DK& dkey, DV& dvalue, const AttentionShape& shape, const Rule& rule,
+template <class Shape = void, class L, MatrixLike Q, MatrixLike K, MatrixLike V, MatrixLike O,
+          MatrixLike DO, class DQ, class DK, class DV, class Rule>
+void attention_backward_into(const L& lse, const Q& query, const K& key, const V& value,
+                             const O& out, const DO& dout, DQ& dquery, DK& dkey, DV& dvalue,
+                             const AttentionShape& shape, const Rule& rule,
                              const AttentionTensors<compute_t<scalar_t<Q>>>& tensors,
-                             const AttentionTensorGradients<compute_t<scalar_t<Q>>>* gradients, ExecutorRef executor,
-                             Workspace& workspace, const TileTuning& tuning = {}) {
+                             const AttentionTensorGradients<compute_t<scalar_t<Q>>>* gradients,
+                             ExecutorRef executor, Workspace& workspace,
+                             const TileTuning& tuning = {}) {
   using T = scalar_t<Q>;
   using S = compute_t<T>;
   using Tile = std::conditional_t<std::is_void_v<Shape>, TileShape<S>, Shape>;
-  const AttentionSizes n = attention_sizes(query.rows(), query.cols(), key.rows(), key.cols(), value.rows(),
-                                           value.cols(), shape);
+  const AttentionSizes n = attention_sizes(query.rows(), query.cols(), key.rows(), key.cols(),
+                                           value.rows(), value.cols(), shape);
   const AttentionTensorGradients<S> none;
   const AttentionTensorGradients<S>& g = gradients ? *gradients : none;
   require_tensors(tensors, n);
@@ -439,15 +478,18 @@ void attention_backward_into(const L& lse, const Q& query, const K& key, const V
   require_shape("saved.lse", lse.rows(), lse.cols(), n.queries, n.heads, "queries x heads");
   require_shape("out", out.rows(), out.cols(), n.queries, e, "queries x heads * value_dim");
   require_shape("dout", dout.rows(), dout.cols(), n.queries, e, "shape of out");
-  require_shape("dquery", dquery.rows(), dquery.cols(), query.rows(), query.cols(), "shape of query");
+  require_shape("dquery", dquery.rows(), dquery.cols(), query.rows(), query.cols(),
+                "shape of query");
   require_shape("dkey", dkey.rows(), dkey.cols(), key.rows(), key.cols(), "shape of key");
-  require_shape("dvalue", dvalue.rows(), dvalue.cols(), value.rows(), value.cols(), "shape of value");
+  require_shape("dvalue", dvalue.rows(), dvalue.cols(), value.rows(), value.cols(),
+                "shape of value");
   using Tiles = BackwardTiles<S, T, Rule, Tile>;
-  const typename Tiles::Operands x{
-      query.data(),         key.data(),          value.data(),         out.data(),          dout.data(),
-      query.outerStride(),  key.outerStride(),   value.outerStride(),  out.outerStride(),   dout.outerStride(),
-      dquery.data(),        dkey.data(),         dvalue.data(),        dquery.outerStride(), dkey.outerStride(),
-      dvalue.outerStride(), lse.data(),          lse.outerStride()};
+  const typename Tiles::Operands x{query.data(),         key.data(),           value.data(),
+                                   out.data(),           dout.data(),          query.outerStride(),
+                                   key.outerStride(),    value.outerStride(),  out.outerStride(),
+                                   dout.outerStride(),   dquery.data(),        dkey.data(),
+                                   dvalue.data(),        dquery.outerStride(), dkey.outerStride(),
+                                   dvalue.outerStride(), lse.data(),           lse.outerStride()};
   Tiles(n, shape, rule, tensors, g, x, tuning).run(executor, workspace);
 }
 

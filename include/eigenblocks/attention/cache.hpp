@@ -25,29 +25,38 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 struct KvCacheOptions {
   Index kv_heads = 1;
   Index head_dim = 1;
-  Index value_dim = 0;   ///< 0 means head_dim
-  Index capacity = 0;    ///< tokens to make room for at once
-  bool fixed = false;    ///< never grow: std::length_error when more than `capacity` tokens are appended
-  Index window = -1;     ///< >= 0: keep only the keys that window_left(window) can see, in a ring
-  Index chunk = 64;      ///< ring only: tokens that attention_step takes in one piece (longer chunks are split)
+  Index value_dim = 0;  ///< 0 means head_dim
+  Index capacity = 0;   ///< tokens to make room for at once
+  bool fixed =
+      false;  ///< never grow: std::length_error when more than `capacity` tokens are appended
+  Index window = -1;  ///< >= 0: keep only the keys that window_left(window) can see, in a ring
+  Index chunk =
+      64;  ///< ring only: tokens that attention_step takes in one piece (longer chunks are split)
   friend bool operator==(const KvCacheOptions&, const KvCacheOptions&) = default;
 };
 
 template <StorageScalar T>
 class KvCache {
  public:
-  static constexpr Index kPanel = 16;  ///< tokens per key panel: one AVX-512 register of floats, two of AVX2
+  static constexpr Index kPanel =
+      16;  ///< tokens per key panel: one AVX-512 register of floats, two of AVX2
 
   KvCache() : KvCache(KvCacheOptions{}) {}
   /// Errors: kv_heads, head_dim < 1, value_dim < 0, capacity < 0, window < -1, chunk < 1; fixed without capacity or with a window.
   explicit KvCache(const KvCacheOptions& options) : options_(options) {
-    detail::require(options.kv_heads >= 1, "KvCache: kv_heads (", options.kv_heads, ") must be at least 1");
-    detail::require(options.head_dim >= 1, "KvCache: head_dim (", options.head_dim, ") must be at least 1");
-    detail::require(options.value_dim >= 0, "KvCache: value_dim (", options.value_dim, ") must not be negative");
-    detail::require(options.capacity >= 0, "KvCache: capacity (", options.capacity, ") must not be negative");
-    detail::require(options.window >= -1, "KvCache: window (", options.window, ") must be -1 (off) or >= 0");
+    detail::require(options.kv_heads >= 1, "KvCache: kv_heads (", options.kv_heads,
+                    ") must be at least 1");
+    detail::require(options.head_dim >= 1, "KvCache: head_dim (", options.head_dim,
+                    ") must be at least 1");
+    detail::require(options.value_dim >= 0, "KvCache: value_dim (", options.value_dim,
+                    ") must not be negative");
+    detail::require(options.capacity >= 0, "KvCache: capacity (", options.capacity,
+                    ") must not be negative");
+    detail::require(options.window >= -1, "KvCache: window (", options.window,
+                    ") must be -1 (off) or >= 0");
     detail::require(options.chunk >= 1, "KvCache: chunk (", options.chunk, ") must be at least 1");
-    detail::require(!options.fixed || options.window < 0, "KvCache: fixed and window exclude each other: a ring never grows");
+    detail::require(!options.fixed || options.window < 0,
+                    "KvCache: fixed and window exclude each other: a ring never grows");
     if (options_.value_dim == 0) options_.value_dim = options_.head_dim;
     value_stride_ = (options_.value_dim + kPanel - 1) / kPanel * kPanel;
     allocate(ring() ? options_.window + options_.chunk : options_.capacity);
@@ -62,7 +71,8 @@ class KvCache {
   /// Tokens that fit without allocating (ring: that are kept).
   Index capacity() const { return options_.fixed ? options_.capacity : slots_; }
   Index bytes_per_token() const {
-    return options_.kv_heads * (options_.head_dim + options_.value_dim) * static_cast<Index>(sizeof(T));
+    return options_.kv_heads * (options_.head_dim + options_.value_dim) *
+           static_cast<Index>(sizeof(T));
   }
   /// Bytes held in all, padding included.
   std::size_t bytes() const {
@@ -72,7 +82,8 @@ class KvCache {
   /// Room for `tokens` in all, so that later appends do not allocate.  Nothing to do for a ring.
   void reserve(Index tokens) {
     if (!ring() && tokens > slots_) {
-      detail::require(!options_.fixed, "KvCache: reserve(", tokens, ") on a cache of fixed capacity ", options_.capacity);
+      detail::require(!options_.fixed, "KvCache: reserve(", tokens,
+                      ") on a cache of fixed capacity ", options_.capacity);
       grow(tokens);
     }
   }
@@ -102,14 +113,16 @@ class KvCache {
   /// std::length_error if `rows` more tokens do not fit a fixed cache.
   void require_room(Index rows) const {
     if (options_.fixed && size_ + rows > options_.capacity) {
-      detail::raise<std::length_error>("KvCache: ", size_, " tokens and ", rows, " more exceed the fixed capacity ",
-                                       options_.capacity);
+      detail::raise<std::length_error>("KvCache: ", size_, " tokens and ", rows,
+                                       " more exceed the fixed capacity ", options_.capacity);
     }
   }
   void require_rows(Index key_rows, Index key_cols, Index value_rows, Index value_cols) const {
-    detail::require_shape("key", key_rows, key_cols, key_rows, options_.kv_heads * options_.head_dim,
+    detail::require_shape("key", key_rows, key_cols, key_rows,
+                          options_.kv_heads * options_.head_dim,
                           "cols = kv_heads * head_dim of the cache");
-    detail::require_shape("value", value_rows, value_cols, key_rows, options_.kv_heads * options_.value_dim,
+    detail::require_shape("value", value_rows, value_cols, key_rows,
+                          options_.kv_heads * options_.value_dim,
                           "rows of key, cols = kv_heads * value_dim of the cache");
   }
 
@@ -119,7 +132,8 @@ class KvCache {
       detail::raise<std::out_of_range>("KvCache: truncate(", n, ") is outside [0, ", size_, "]");
     }
     if (ring() && std::max<Index>(0, n - options_.window) < first_) {
-      detail::raise<std::out_of_range>("KvCache: truncate(", n, ") needs position ", std::max<Index>(0, n - options_.window),
+      detail::raise<std::out_of_range>("KvCache: truncate(", n, ") needs position ",
+                                       std::max<Index>(0, n - options_.window),
                                        ", but the ring starts at ", first_);
     }
     size_ = n;
@@ -134,7 +148,8 @@ class KvCache {
     for (Index p = begin; p < end; ++p) {
       for (Index h = 0; h < options_.kv_heads; ++h) {
         const T* const panel = key_panel(h, slot(p) / kPanel) + slot(p) % kPanel;
-        for (Index c = 0; c < options_.head_dim; ++c) rows(p - begin, h * options_.head_dim + c) = panel[c * kPanel];
+        for (Index c = 0; c < options_.head_dim; ++c)
+          rows(p - begin, h * options_.head_dim + c) = panel[c * kPanel];
       }
     }
     return rows;
@@ -144,7 +159,8 @@ class KvCache {
     Matrix<T> rows(end - begin, options_.kv_heads * options_.value_dim);
     for (Index p = begin; p < end; ++p) {
       for (Index h = 0; h < options_.kv_heads; ++h) {
-        std::copy_n(value_row(h, slot(p)), options_.value_dim, &rows(p - begin, h * options_.value_dim));
+        std::copy_n(value_row(h, slot(p)), options_.value_dim,
+                    &rows(p - begin, h * options_.value_dim));
       }
     }
     return rows;
@@ -164,11 +180,15 @@ class KvCache {
   const T* key_panel(Index h, Index panel) const {
     return keys_.data() + (h * slots_ + panel * kPanel) * options_.head_dim;
   }
-  const T* value_row(Index h, Index at) const { return values_.data() + (h * slots_ + at) * value_stride_; }
+  const T* value_row(Index h, Index at) const {
+    return values_.data() + (h * slots_ + at) * value_stride_;
+  }
   Workspace& workspace() { return workspace_; }
 
  private:
-  T* panel_to_fill(Index h, Index panel) { return keys_.data() + (h * slots_ + panel * kPanel) * options_.head_dim; }
+  T* panel_to_fill(Index h, Index panel) {
+    return keys_.data() + (h * slots_ + panel * kPanel) * options_.head_dim;
+  }
   T* row_to_fill(Index h, Index at) { return values_.data() + (h * slots_ + at) * value_stride_; }
 
   void allocate(Index tokens) {
@@ -186,13 +206,14 @@ class KvCache {
     values_.swap(bigger.values_);
     slots_ = bigger.slots_;
   }
-  KvCache(const KvCache& like, Index tokens) : options_(like.options_), value_stride_(like.value_stride_) {
+  KvCache(const KvCache& like, Index tokens)
+      : options_(like.options_), value_stride_(like.value_stride_) {
     allocate(tokens);
   }
   void require_range(Index begin, Index end) const {
     if (begin < first_ || begin > end || end > size_) {
-      detail::raise<std::out_of_range>("KvCache: positions [", begin, ", ", end, ") are not within the stored [", first_,
-                                       ", ", size_, ")");
+      detail::raise<std::out_of_range>("KvCache: positions [", begin, ", ", end,
+                                       ") are not within the stored [", first_, ", ", size_, ")");
     }
   }
 

@@ -40,12 +40,13 @@ struct CacheSource {
     }
   }
   template <int MR, RealScalar S>
-  void pack_values(Index kv, Index dim, Index first, Index count, S* panels, Index panel_stride, S* scratch) const {
+  void pack_values(Index kv, Index dim, Index first, Index count, S* panels, Index panel_stride,
+                   S* scratch) const {
     for (Index r = 0; r < count;) {  // runs of neighbouring slots
       const Index at = cache->slot(cache->first() + first + r);
       const Index run = std::min(count - r, cache->slots() - at);
-      pack_column_panels<MR>(run, dim, cache->value_row(kv, at), cache->value_stride(), panels + r * MR, panel_stride,
-                             scratch);
+      pack_column_panels<MR>(run, dim, cache->value_row(kv, at), cache->value_stride(),
+                             panels + r * MR, panel_stride, scratch);
       r += run;
     }
   }
@@ -57,8 +58,10 @@ class DecodeRows {
   using P = simd::Packet<S>;
   static constexpr int kW = simd::kLanes<S>;
   static constexpr Index kPanel = KvCache<T>::kPanel;
-  static constexpr Index kBlock = 64;     // keys per soft-max update: K and V of a block fit the first-level cache
-  static constexpr Index kSplit = 1024;   // keys per part: enough parts for threads at 4k, too few to cost anything
+  static constexpr Index kBlock =
+      64;  // keys per soft-max update: K and V of a block fit the first-level cache
+  static constexpr Index kSplit =
+      1024;  // keys per part: enough parts for threads at 4k, too few to cost anything
   static constexpr S kNone = -std::numeric_limits<S>::infinity();
   static constexpr bool kPlainScore = std::is_same_v<typename Rule::score_type, IdentityScore>;
   static_assert(kPanel % kW == 0);
@@ -66,26 +69,40 @@ class DecodeRows {
  public:
   static constexpr Index kMaxRows = 16;
 
-  DecodeRows(KvCache<T>& cache, const AttentionSizes& sizes, const Rule& rule, const AttentionTensors<S>& tensors,
-             const T* query, Index query_stride, T* out, Index out_stride, S* lse, Index lse_stride)
-      : cache_(cache), n_(sizes), rule_(rule), tensors_(tensors), query_(query), query_stride_(query_stride), out_(out),
-        out_stride_(out_stride), lse_(lse), lse_stride_(lse_stride), rows_(sizes.queries * sizes.group),
+  DecodeRows(KvCache<T>& cache, const AttentionSizes& sizes, const Rule& rule,
+             const AttentionTensors<S>& tensors, const T* query, Index query_stride, T* out,
+             Index out_stride, S* lse, Index lse_stride)
+      : cache_(cache),
+        n_(sizes),
+        rule_(rule),
+        tensors_(tensors),
+        query_(query),
+        query_stride_(query_stride),
+        out_(out),
+        out_stride_(out_stride),
+        lse_(lse),
+        lse_stride_(lse_stride),
+        rows_(sizes.queries * sizes.group),
         value_cols_(cache.value_stride()) {}
 
   void run(ExecutorRef executor) {
     const Index first_split = cache_.first() / kSplit;
     const Index splits = std::max<Index>(1, (cache_.size() + kSplit - 1) / kSplit - first_split);
-    const Index most_splits = cache_.slots() / kSplit + 2;  // scratch is sized by capacity, so that it rarely grows
+    const Index most_splits =
+        cache_.slots() / kSplit + 2;  // scratch is sized by capacity, so that it rarely grows
     Workspace& workspace = cache_.workspace();
     workspace.prepare(executor.workers());
     const Index part = rows_ * (value_cols_ + 2);
     const Index parts = n_.kv_heads * std::max(splits, most_splits);
-    S* const partial = workspace.shared(padded_bytes<S>(parts * part)).template take<S>(parts * part);
+    S* const partial =
+        workspace.shared(padded_bytes<S>(parts * part)).template take<S>(parts * part);
     executor.run(n_.kv_heads * splits, [&](Index task, int worker) {
       const Index kv = task / splits, split = task % splits;
-      attend(kv, (first_split + split) * kSplit, partial + task * part, workspace.arena(worker, scratch_bytes()));
+      attend(kv, (first_split + split) * kSplit, partial + task * part,
+             workspace.arena(worker, scratch_bytes()));
     });
-    for (Index kv = 0; kv < n_.kv_heads; ++kv) merge(kv, splits, partial + kv * splits * part, part);
+    for (Index kv = 0; kv < n_.kv_heads; ++kv)
+      merge(kv, splits, partial + kv * splits * part, part);
   }
 
  private:
@@ -106,30 +123,35 @@ class DecodeRows {
     std::fill_n(partial, rows_ * value_cols_, S(0));
     std::fill_n(top, rows_, kNone);
     std::fill_n(sum, rows_, S(0));
-    const KeyRange visible = detail::key_range(rule_.mask, position(0), position(n_.queries - 1) + 1);
+    const KeyRange visible =
+        detail::key_range(rule_.mask, position(0), position(n_.queries - 1) + 1);
     const Index low = std::max({begin, cache_.first(), visible.begin});
     const Index high = std::min({begin + kSplit, cache_.size(), visible.end});
     if (low >= high) return;
     for (Index r = 0; r < rows_; ++r) {  // row r = query r / group, head r % group
       const Index i = r / n_.group, h = kv * n_.group + r % n_.group;
-      const S factor = static_cast<S>(n_.scale) * (tensors_.row_scale ? (*tensors_.row_scale)[i] : S(1));
+      const S factor =
+          static_cast<S>(n_.scale) * (tensors_.row_scale ? (*tensors_.row_scale)[i] : S(1));
       const T* const q = query_ + i * query_stride_ + h * n_.key_dim;
-      for (Index c = 0; c < n_.key_dim; ++c) query[r * n_.key_dim + c] = factor * static_cast<S>(q[c]);
+      for (Index c = 0; c < n_.key_dim; ++c)
+        query[r * n_.key_dim + c] = factor * static_cast<S>(q[c]);
     }
     // Positions advance panel by panel; a block never crosses the end of the ring, and starts on a panel.
     for (Index p = low; p < high;) {
       const Index at = cache_.slot(p), lane0 = at % kPanel;
       const Index base = p - lane0;  // position that lane 0 of the first panel would have
       const Index end = std::min({high, base + kBlock, p + cache_.slots() - at});
-      block(kv, at / kPanel, base, p, end, query, scores, key_scratch, value_scratch, partial, top, sum);
+      block(kv, at / kPanel, base, p, end, query, scores, key_scratch, value_scratch, partial, top,
+            sum);
       p = end;
     }
   }
 
   /// Keys [begin, end) at positions base + lane of consecutive panels.
-  void block(Index kv, Index panel, Index base, Index begin, Index end, const S* query, S* scores, S* key_scratch,
-             S* value_scratch, S* out, S* top, S* sum) const {
-    const Index d = n_.key_dim, panels = (end - base + kPanel - 1) / kPanel, width = panels * kPanel;
+  void block(Index kv, Index panel, Index base, Index begin, Index end, const S* query, S* scores,
+             S* key_scratch, S* value_scratch, S* out, S* top, S* sum) const {
+    const Index d = n_.key_dim, panels = (end - base + kPanel - 1) / kPanel,
+                width = panels * kPanel;
     const T* const k = cache_.key_panel(kv, panel);
     const T* const v = cache_.value_row(kv, panel * kPanel);
     const S* const keys = in_compute(k, width * d, key_scratch);
@@ -138,13 +160,17 @@ class DecodeRows {
       const T* const ahead = v + x * kPanel * value_cols_;
       panel_scores(keys + x * kPanel * d, query, scores + x * kPanel, ahead, kPanel * value_cols_);
     }
-    for (Index r = 0; r < rows_; ++r) soften(kv, r, base, begin, end, width, scores + r * kBlock, out, top, sum);
+    for (Index r = 0; r < rows_; ++r)
+      soften(kv, r, base, begin, end, width, scores + r * kBlock, out, top, sum);
     const S* const values = in_compute(v, width * value_cols_, value_scratch);
     const Index a = begin - base, keys_in = end - begin;
     Index r = 0;
-    for (; r + 4 <= rows_; r += 4) add_values<4>(r, keys_in, scores + a, values + a * value_cols_, out, k + width * d);
-    for (; r + 2 <= rows_; r += 2) add_values<2>(r, keys_in, scores + a, values + a * value_cols_, out, k + width * d);
-    for (; r < rows_; ++r) add_values<1>(r, keys_in, scores + a, values + a * value_cols_, out, k + width * d);
+    for (; r + 4 <= rows_; r += 4)
+      add_values<4>(r, keys_in, scores + a, values + a * value_cols_, out, k + width * d);
+    for (; r + 2 <= rows_; r += 2)
+      add_values<2>(r, keys_in, scores + a, values + a * value_cols_, out, k + width * d);
+    for (; r < rows_; ++r)
+      add_values<1>(r, keys_in, scores + a, values + a * value_cols_, out, k + width * d);
   }
 
   static const S* in_compute(const T* from, Index count, S* scratch) {
@@ -153,13 +179,15 @@ class DecodeRows {
       (void)scratch;
       return from;
     } else {
-      Eigen::Map<Vector<S>>(scratch, count) = Eigen::Map<const Vector<T>>(from, count).template cast<S>();
+      Eigen::Map<Vector<S>>(scratch, count) =
+          Eigen::Map<const Vector<T>>(from, count).template cast<S>();
       return scratch;
     }
   }
 
   /// scores[r][lane] = <query row r, key lane> for one panel of keys.
-  void panel_scores(const S* panel, const S* query, S* scores, const T* ahead, Index ahead_count) const {
+  void panel_scores(const S* panel, const S* query, S* scores, const T* ahead,
+                    Index ahead_count) const {
     Index r = 0;
     for (; r + 4 <= rows_; r += 4) rows_times_panel<4>(r, panel, query, scores, ahead, ahead_count);
     for (; r + 2 <= rows_; r += 2) rows_times_panel<2>(r, panel, query, scores, ahead, ahead_count);
@@ -167,7 +195,8 @@ class DecodeRows {
   }
 
   template <int M>
-  void rows_times_panel(Index r0, const S* panel, const S* query, S* scores, const T* ahead, Index ahead_count) const {
+  void rows_times_panel(Index r0, const S* panel, const S* query, S* scores, const T* ahead,
+                        Index ahead_count) const {
     constexpr int nv = int(kPanel) / kW;
     const Index d = n_.key_dim;
     P acc[std::size_t(M)][std::size_t(nv)];
@@ -183,7 +212,9 @@ class DecodeRows {
       unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { key[v] = simd::load<P>(panel + v * kW); });
       unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
         const P scalar = simd::set1<P>(q[m * d + c]);
-        unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { acc[m][v] = simd::fma(scalar, key[v], acc[m][v]); });
+        unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+          acc[m][v] = simd::fma(scalar, key[v], acc[m][v]);
+        });
       });
     }
     unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
@@ -202,7 +233,8 @@ class DecodeRows {
   }
 
   /// Score functor, mask and running soft-max of one row over one block; leaves probabilities, 0 outside [begin, end).
-  void soften(Index kv, Index r, Index base, Index begin, Index end, Index width, S* s, S* out, S* top, S* sum) const {
+  void soften(Index kv, Index r, Index base, Index begin, Index end, Index width, S* s, S* out,
+              S* top, S* sum) const {
     const Index i = position(r / n_.group), h = kv * n_.group + r % n_.group;
     if constexpr (!kPlainScore) apply_score(i, h, base, begin, end, width, s);
     std::fill(s, s + (begin - base), kNone);
@@ -248,10 +280,12 @@ class DecodeRows {
 
   /// out rows += probabilities times value rows; fetches the next keys meanwhile.
   template <int M>
-  void add_values(Index r0, Index keys, const S* probabilities, const S* values, S* out, const T* ahead) const {
+  void add_values(Index r0, Index keys, const S* probabilities, const S* values, S* out,
+                  const T* ahead) const {
     constexpr Index line = Index(kAlignment / sizeof(T));
     if (r0 == 0) {
-      for (Index x = 0; x < std::min<Index>(keys * n_.key_dim / line, 64); ++x) prefetch(ahead + x * line);
+      for (Index x = 0; x < std::min<Index>(keys * n_.key_dim / line, 64); ++x)
+        prefetch(ahead + x * line);
     }
     Index c = 0;
     const S* const p = probabilities + r0 * kBlock;
@@ -264,18 +298,25 @@ class DecodeRows {
   EIGENBLOCKS_ALWAYS_INLINE void columns(Index keys, const S* p, const S* values, S* out) const {
     P acc[std::size_t(M)][std::size_t(NV)];
     unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { acc[m][v] = simd::load<P>(out + m * value_cols_ + v * kW); });
+      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+        acc[m][v] = simd::load<P>(out + m * value_cols_ + v * kW);
+      });
     });
     for (Index j = 0; j < keys; ++j, values += value_cols_) {
       P row[std::size_t(NV)];
-      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { row[v] = simd::load<P>(values + v * kW); });
+      unroll<NV>([&](auto v)
+                     EIGENBLOCKS_INLINE_LAMBDA { row[v] = simd::load<P>(values + v * kW); });
       unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
         const P scalar = simd::set1<P>(p[m * kBlock + j]);
-        unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { acc[m][v] = simd::fma(scalar, row[v], acc[m][v]); });
+        unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+          acc[m][v] = simd::fma(scalar, row[v], acc[m][v]);
+        });
       });
     }
     unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { simd::store<P>(out + m * value_cols_ + v * kW, acc[m][v]); });
+      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+        simd::store<P>(out + m * value_cols_ + v * kW, acc[m][v]);
+      });
     });
   }
 
@@ -285,7 +326,8 @@ class DecodeRows {
       const Index i = r / n_.group, h = kv * n_.group + r % n_.group;
       const S sink = tensors_.sinks ? (*tensors_.sinks)[h] : kNone;
       S top = sink;
-      for (Index x = 0; x < splits; ++x) top = std::max(top, partial[x * part + rows_ * value_cols_ + r]);
+      for (Index x = 0; x < splits; ++x)
+        top = std::max(top, partial[x * part + rows_ * value_cols_ + r]);
       S sum = sink == kNone ? S(0) : std::exp(sink - top);
       for (Index x = 0; x < splits; ++x) {
         const S* const stats = partial + x * part + rows_ * value_cols_ + r;
@@ -294,7 +336,8 @@ class DecodeRows {
       Eigen::Map<RowVector<T>> row(out_ + i * out_stride_ + h * n_.value_dim, n_.value_dim);
       if (lse_ != nullptr) lse_[i * lse_stride_ + h] = sum == S(0) ? kNone : top + std::log(sum);
       if (splits == 1) {
-        const S weight = sum == S(0) ? S(0) : merge_weight(partial[rows_ * value_cols_ + r], top) / sum;
+        const S weight =
+            sum == S(0) ? S(0) : merge_weight(partial[rows_ * value_cols_ + r], top) / sum;
         row = (weight * values_of(partial, r)).template cast<T>();
         continue;
       }
@@ -330,18 +373,22 @@ class DecodeRows {
 };
 
 template <StorageScalar T, MatrixLike Q, class O>
-AttentionSizes require_over_cache(const KvCache<T>& cache, const Q& query, const O& out, const AttentionShape& shape,
+AttentionSizes require_over_cache(const KvCache<T>& cache, const Q& query, const O& out,
+                                  const AttentionShape& shape,
                                   const AttentionTensors<compute_t<T>>& tensors) {
   const KvCacheOptions& c = cache.options();
   const Index kv_heads = shape.kv_heads == 0 ? shape.heads : shape.kv_heads;
-  require(kv_heads == c.kv_heads, "kv_heads (", kv_heads, ") differs from the cache's (", c.kv_heads, ")");
+  require(kv_heads == c.kv_heads, "kv_heads (", kv_heads, ") differs from the cache's (",
+          c.kv_heads, ")");
   require_shape("query", query.rows(), query.cols(), query.rows(), shape.heads * c.head_dim,
                 "cols = heads * head_dim of the cache");
-  AttentionSizes n = attention_sizes(query.rows(), query.cols(), 0, kv_heads * c.head_dim, 0, kv_heads * c.value_dim, shape);
+  AttentionSizes n = attention_sizes(query.rows(), query.cols(), 0, kv_heads * c.head_dim, 0,
+                                     kv_heads * c.value_dim, shape);
   n.keys = cache.size() - cache.first();
-  require_shape("out", out.rows(), out.cols(), n.queries, n.heads * n.value_dim, "queries x heads * value_dim");
-  require(shape.query_offset == 0 && shape.key_offset == 0, "query_offset (", shape.query_offset, ") and key_offset (",
-          shape.key_offset, ") must be 0: the cache knows the positions");
+  require_shape("out", out.rows(), out.cols(), n.queries, n.heads * n.value_dim,
+                "queries x heads * value_dim");
+  require(shape.query_offset == 0 && shape.key_offset == 0, "query_offset (", shape.query_offset,
+          ") and key_offset (", shape.key_offset, ") must be 0: the cache knows the positions");
   require(tensors.bias == nullptr && tensors.mask == nullptr,
           "bias and mask tensors have no place over a cache; express them in the rule");
   require_tensors(tensors, n);
@@ -352,20 +399,24 @@ AttentionSizes require_over_cache(const KvCache<T>& cache, const Q& query, const
 template <StorageScalar T, class Rule>
 auto cache_rule(const KvCache<T>& cache, const Rule& rule) {
   constexpr Index kUnbounded = Index{1} << 60;
-  return attention_rule(AndMask(rule.mask, WindowLeftMask(cache.ring() ? cache.options().window : kUnbounded)),
-                        rule.score, rule.position);
+  return attention_rule(
+      AndMask(rule.mask, WindowLeftMask(cache.ring() ? cache.options().window : kUnbounded)),
+      rule.score, rule.position);
 }
 
 /// The last rows of the cache ask; everything has been checked.
 template <StorageScalar T, class Rule>
-void attend_over_cache(KvCache<T>& cache, AttentionSizes n, const T* query, Index query_stride, T* out,
-                       Index out_stride, compute_t<T>* lse, Index lse_stride, const AttentionShape& shape,
-                       const Rule& rule, const AttentionTensors<compute_t<T>>& tensors, ExecutorRef executor) {
+void attend_over_cache(KvCache<T>& cache, AttentionSizes n, const T* query, Index query_stride,
+                       T* out, Index out_stride, compute_t<T>* lse, Index lse_stride,
+                       const AttentionShape& shape, const Rule& rule,
+                       const AttentionTensors<compute_t<T>>& tensors, ExecutorRef executor) {
   using S = compute_t<T>;
   if (n.queries == 0) return;
   n.keys = cache.size() - cache.first();
   if (n.queries <= DecodeRows<S, T, Rule>::kMaxRows) {
-    DecodeRows<S, T, Rule>(cache, n, rule, tensors, query, query_stride, out, out_stride, lse, lse_stride).run(executor);
+    DecodeRows<S, T, Rule>(cache, n, rule, tensors, query, query_stride, out, out_stride, lse,
+                           lse_stride)
+        .run(executor);
     return;
   }
   AttentionShape local = shape;
@@ -377,8 +428,9 @@ void attend_over_cache(KvCache<T>& cache, AttentionSizes n, const T* query, Inde
     lse = own_lse.data();
     lse_stride = n.heads;
   }
-  ForwardTiles<S, T, CacheSource<T>, Rule>(n, local, rule, tensors, query, query_stride, CacheSource<T>{&cache}, out,
-                                           out_stride, lse, lse_stride, TileTuning{})
+  ForwardTiles<S, T, CacheSource<T>, Rule>(n, local, rule, tensors, query, query_stride,
+                                           CacheSource<T>{&cache}, out, out_stride, lse, lse_stride,
+                                           TileTuning{})
       .run(executor, cache.workspace());
 }
 
@@ -390,22 +442,25 @@ using CausalRule = decltype(attention_rule(causal()));
 /// or null.  tensors: sinks and row_scale only.
 template <StorageScalar T, MatrixLike Q, OutputMatrix O, class Rule = CausalRule>
   requires SameScalar<Q, O> && std::same_as<scalar_t<Q>, T>
-void attention_over_cache(KvCache<T>& cache, const Q& query, O&& out, const AttentionShape& shape, const Rule& rule = {},
-                          const AttentionTensors<compute_t<T>>& tensors = {}, Matrix<compute_t<T>>* lse = nullptr,
-                          ExecutorRef executor = {}) {
+void attention_over_cache(KvCache<T>& cache, const Q& query, O&& out, const AttentionShape& shape,
+                          const Rule& rule = {}, const AttentionTensors<compute_t<T>>& tensors = {},
+                          Matrix<compute_t<T>>* lse = nullptr, ExecutorRef executor = {}) {
   const detail::AttentionSizes n = detail::require_over_cache(cache, query, out, shape, tensors);
   detail::require_score_heads(rule.score, n.heads);
-  detail::require(n.queries <= cache.size() - cache.first(), "query has ", n.queries, " rows, but the cache holds only ",
-                  cache.size() - cache.first(), " positions");
-  if (lse != nullptr) detail::require_shape("lse", lse->rows(), lse->cols(), n.queries, n.heads, "queries x heads");
+  detail::require(n.queries <= cache.size() - cache.first(), "query has ", n.queries,
+                  " rows, but the cache holds only ", cache.size() - cache.first(), " positions");
+  if (lse != nullptr)
+    detail::require_shape("lse", lse->rows(), lse->cols(), n.queries, n.heads, "queries x heads");
   const auto bounded = detail::cache_rule(cache, rule);
-  detail::attend_over_cache(cache, n, query.data(), query.outerStride(), out.data(), out.outerStride(),
-                            lse ? lse->data() : nullptr, lse ? lse->cols() : 0, shape, bounded, tensors, executor);
+  detail::attend_over_cache(cache, n, query.data(), query.outerStride(), out.data(),
+                            out.outerStride(), lse ? lse->data() : nullptr, lse ? lse->cols() : 0,
+                            shape, bounded, tensors, executor);
 }
 
 /// Appends key and value rows, then attends with query rows at their positions.  Any number of rows: one when decoding, a chunk
 /// or a whole prompt when pre-filling.
-template <StorageScalar T, MatrixLike Q, MatrixLike K, MatrixLike V, OutputMatrix O, class Rule = CausalRule>
+template <StorageScalar T, MatrixLike Q, MatrixLike K, MatrixLike V, OutputMatrix O,
+          class Rule = CausalRule>
   requires SameScalar<Q, K, V, O> && std::same_as<scalar_t<Q>, T>
 void attention_step(KvCache<T>& cache, const Q& query, const K& key, const V& value, O&& out,
                     const AttentionShape& shape, const Rule& rule = {},
@@ -414,11 +469,13 @@ void attention_step(KvCache<T>& cache, const Q& query, const K& key, const V& va
   detail::AttentionSizes n = detail::require_over_cache(cache, query, out, shape, tensors);
   detail::require_score_heads(rule.score, n.heads);
   cache.require_rows(key.rows(), key.cols(), value.rows(), value.cols());
-  detail::require_shape("key", key.rows(), key.cols(), query.rows(), key.cols(), "one row per query row");
+  detail::require_shape("key", key.rows(), key.cols(), query.rows(), key.cols(),
+                        "one row per query row");
   cache.require_room(key.rows());
   const auto bounded = detail::cache_rule(cache, rule);
   // A ring must not drop keys that earlier rows of the same piece still see.
-  const Index piece = cache.ring() ? std::max<Index>(1, cache.slots() - cache.options().window) : n.queries;
+  const Index piece =
+      cache.ring() ? std::max<Index>(1, cache.slots() - cache.options().window) : n.queries;
   for (Index r = 0; r < n.queries; r += piece) {
     const Index rows = std::min(piece, n.queries - r);
     cache.append(key.middleRows(r, rows), value.middleRows(r, rows));
@@ -430,9 +487,10 @@ void attention_step(KvCache<T>& cache, const Q& query, const K& key, const V& va
       part_scale = tensors.row_scale->segment(r, rows);
       part_tensors.row_scale = &part_scale;
     }
-    detail::attend_over_cache<T>(cache, part, query.data() + r * query.outerStride(), query.outerStride(),
-                                 out.data() + r * out.outerStride(), out.outerStride(), nullptr, 0, shape, bounded,
-                                 part_tensors, executor);
+    detail::attend_over_cache<T>(cache, part, query.data() + r * query.outerStride(),
+                                 query.outerStride(), out.data() + r * out.outerStride(),
+                                 out.outerStride(), nullptr, 0, shape, bounded, part_tensors,
+                                 executor);
   }
 }
 

@@ -31,9 +31,11 @@ inline constexpr double kLn2 = 0.69314718055994530942;
 
 /// Sizes that do not change results beyond rounding; tests vary them.
 struct TileTuning {
-  Index key_block = 128;        ///< keys per tile: K and V panels of a block stay in the first-level caches
-  Index query_tiles = 4;        ///< query tiles that share a key block while it is hot
-  Index packed_scalars = Index{1} << 20;  ///< packed K and V of one kv head per chunk: 4 MB of floats
+  Index key_block =
+      128;  ///< keys per tile: K and V panels of a block stay in the first-level caches
+  Index query_tiles = 4;  ///< query tiles that share a key block while it is hot
+  Index packed_scalars =
+      Index{1} << 20;  ///< packed K and V of one kv head per chunk: 4 MB of floats
 };
 
 /// Keys and values as plain matrices.
@@ -45,12 +47,14 @@ struct MatrixSource {
   Index value_stride;
   template <int MR, RealScalar S>
   void pack_keys(Index kv, Index dim, Index first, Index count, S* panels, S* scratch) const {
-    pack_row_panels<MR>(count, dim, key + first * key_stride + kv * dim, key_stride, panels, scratch);
+    pack_row_panels<MR>(count, dim, key + first * key_stride + kv * dim, key_stride, panels,
+                        scratch);
   }
   template <int MR, RealScalar S>
-  void pack_values(Index kv, Index dim, Index first, Index count, S* panels, Index panel_stride, S* scratch) const {
-    pack_column_panels<MR>(count, dim, value + first * value_stride + kv * dim, value_stride, panels, panel_stride,
-                           scratch);
+  void pack_values(Index kv, Index dim, Index first, Index count, S* panels, Index panel_stride,
+                   S* scratch) const {
+    pack_column_panels<MR>(count, dim, value + first * value_stride + kv * dim, value_stride,
+                           panels, panel_stride, scratch);
   }
 };
 
@@ -59,24 +63,38 @@ constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 template <RealScalar S, StorageScalar T, class Source, class Rule, class Shape = TileShape<S>>
 class ForwardTiles {
   using P = simd::Packet<S>;
-  static constexpr int kW = simd::kLanes<S>, kMR = Shape::kRows, kNV = Shape::kVectors, kNQ = kNV * kW;
+  static constexpr int kW = simd::kLanes<S>, kMR = Shape::kRows, kNV = Shape::kVectors,
+                       kNQ = kNV * kW;
   static constexpr Index kMaxTiles = 16;
   static constexpr S kNone = -std::numeric_limits<S>::infinity();
 
  public:
   ForwardTiles(const AttentionSizes& sizes, const AttentionShape& shape, const Rule& rule,
-               const AttentionTensors<S>& tensors, const T* query, Index query_stride, const Source& source, T* out,
-               Index out_stride, S* lse, Index lse_stride, const TileTuning& tuning)
-      : n_(sizes), shape_(shape), rule_(rule), tensors_(tensors), query_(query), query_stride_(query_stride),
-        source_(source), out_(out), out_stride_(out_stride), lse_(lse), lse_stride_(lse_stride),
+               const AttentionTensors<S>& tensors, const T* query, Index query_stride,
+               const Source& source, T* out, Index out_stride, S* lse, Index lse_stride,
+               const TileTuning& tuning)
+      : n_(sizes),
+        shape_(shape),
+        rule_(rule),
+        tensors_(tensors),
+        query_(query),
+        query_stride_(query_stride),
+        source_(source),
+        out_(out),
+        out_stride_(out_stride),
+        lse_(lse),
+        lse_stride_(lse_stride),
         block_(round_up(std::max<Index>(1, tuning.key_block), kMR)),
         tiles_(std::clamp<Index>(tuning.query_tiles, 1, kMaxTiles)),
         value_rows_(round_up(sizes.value_dim, kMR)),
-        natural_(!std::is_same_v<typename Rule::score_type, IdentityScore> || tensors.bias != nullptr) {
+        natural_(!std::is_same_v<typename Rule::score_type, IdentityScore> ||
+                 tensors.bias != nullptr) {
     const Index row = std::max<Index>(1, n_.key_dim + value_rows_);
     chunk_ = std::max(block_, tuning.packed_scalars / row / block_ * block_);
-    // 16-bit outputs cannot hold partial results: one chunk.
-    if (!std::is_same_v<S, T> || chunk_ > n_.keys) chunk_ = std::max(block_, round_up(n_.keys, block_));
+    // One chunk where parts could not be merged: 16-bit outputs do not hold them, and next to a bias of -1e30 the
+    // log-sum-exp forgets how many keys it stands for.
+    if (!std::is_same_v<S, T> || tensors.bias != nullptr || chunk_ > n_.keys)
+      chunk_ = std::max(block_, round_up(n_.keys, block_));
     // Packing several heads at once only helps to keep workers busy; the arithmetic is the same.
     head_scalars_ = chunk_ * row;
   }
@@ -84,10 +102,11 @@ class ForwardTiles {
   void run(ExecutorRef executor, Workspace& workspace) {
     if (n_.queries == 0 || n_.heads * n_.value_dim + n_.heads == 0) return;
     const int workers = executor.workers();
-    const Index batch = workers == 1 ? 1
-                                     : std::clamp<Index>((Index{1} << 21) / head_scalars_, 1, n_.kv_heads);
+    const Index batch =
+        workers == 1 ? 1 : std::clamp<Index>((Index{1} << 21) / head_scalars_, 1, n_.kv_heads);
     workspace.prepare(workers);
-    S* const packed = workspace.shared(padded_bytes<S>(batch * head_scalars_)).template take<S>(batch * head_scalars_);
+    S* const packed = workspace.shared(padded_bytes<S>(batch * head_scalars_))
+                          .template take<S>(batch * head_scalars_);
     const Index query_blocks = (n_.queries + tiles_ * kNQ - 1) / (tiles_ * kNQ);
     const std::size_t bytes = scratch_bytes();
     for (Index kv0 = 0; kv0 < n_.kv_heads; kv0 += batch) {
@@ -98,12 +117,13 @@ class ForwardTiles {
         const Index blocks = (count + block_ - 1) / block_;
         executor.run(kvs * blocks, [&](Index task, int worker) {
           Arena arena = workspace.arena(worker, bytes);
-          pack(kv0 + task / blocks, first, task % blocks, count, packed + task / blocks * head_scalars_,
-               arena.take<S>(pack_scalars()));
+          pack(kv0 + task / blocks, first, task % blocks, count,
+               packed + task / blocks * head_scalars_, arena.take<S>(pack_scalars()));
         });
         executor.run(kvs * n_.group * query_blocks, [&](Index task, int worker) {
           // Late query blocks first: under a causal mask they are the largest.
-          const Index slot = task % (kvs * n_.group), block = query_blocks - 1 - task / (kvs * n_.group);
+          const Index slot = task % (kvs * n_.group),
+                      block = query_blocks - 1 - task / (kvs * n_.group);
           attend(kv0 * n_.group + slot, block * tiles_ * kNQ, first, count,
                  packed + slot / n_.group * head_scalars_, workspace.arena(worker, bytes));
         });
@@ -114,28 +134,33 @@ class ForwardTiles {
 
  private:
   struct Tile {
-    Index row0, count;          // query rows [row0, row0 + count)
-    Index begin, end;           // visible key columns, a hull
-    bool started = false;       // out holds something
+    Index row0, count;     // query rows [row0, row0 + count)
+    Index begin, end;      // visible key columns, a hull
+    bool started = false;  // out holds something
     S *query, *out, *top, *sum, *factor;
   };
 
   Index pack_scalars() const { return kNQ * std::max(n_.key_dim, n_.value_dim); }
   std::size_t scratch_bytes() const {
-    return static_cast<std::size_t>(tiles_) * (padded_bytes<S>(n_.key_dim * kNQ) + padded_bytes<S>(value_rows_ * kNQ) +
-                                               3 * padded_bytes<S>(kNQ)) +
-           2 * padded_bytes<S>(block_ * kNQ) + padded_bytes<S>(pack_scalars()) + padded_bytes<S>(kNQ);
+    return static_cast<std::size_t>(tiles_) *
+               (padded_bytes<S>(n_.key_dim * kNQ) + padded_bytes<S>(value_rows_ * kNQ) +
+                3 * padded_bytes<S>(kNQ)) +
+           2 * padded_bytes<S>(block_ * kNQ) + padded_bytes<S>(pack_scalars()) +
+           padded_bytes<S>(kNQ);
   }
 
   /// Panels of one kv head and chunk: keys [chunk / MR][d][MR], then for every block values [e / MR][keys of the block][MR].
   void pack(Index kv, Index first, Index block, Index count, S* packed, S* scratch) const {
     const Index at = block * block_, keys = std::min(block_, count - at);
-    source_.template pack_keys<kMR>(kv, n_.key_dim, first + at, keys, packed + at * n_.key_dim, scratch);
+    source_.template pack_keys<kMR>(kv, n_.key_dim, first + at, keys, packed + at * n_.key_dim,
+                                    scratch);
     source_.template pack_values<kMR>(kv, n_.value_dim, first + at, keys,
-                                      packed + chunk_ * n_.key_dim + at * value_rows_, keys * kMR, scratch);
+                                      packed + chunk_ * n_.key_dim + at * value_rows_, keys * kMR,
+                                      scratch);
   }
 
-  void attend(Index h, Index row_begin, Index first, Index count, const S* packed, Arena arena) const {
+  void attend(Index h, Index row_begin, Index first, Index count, const S* packed,
+              Arena arena) const {
     S* const scores = arena.take<S>(block_ * kNQ);
     S* const addend = arena.take<S>(block_ * kNQ);
     S* const scratch = arena.take<S>(pack_scalars());
@@ -164,9 +189,11 @@ class ForwardTiles {
       const S* const k_panels = packed + at * n_.key_dim;
       const S* const v_panels = packed + chunk_ * n_.key_dim + at * value_rows_;
       for (Index x = 0; x < tiles; ++x) {
-        const Index begin = std::max(tile[x].begin, first + at), end = std::min(tile[x].end, first + at + keys);
+        const Index begin = std::max(tile[x].begin, first + at),
+                    end = std::min(tile[x].end, first + at + keys);
         if (begin < end) {
-          visit(tile[x], h, begin, end, first + at, keys, k_panels, v_panels, scores, addend, block_top);
+          visit(tile[x], h, begin, end, first + at, keys, k_panels, v_panels, scores, addend,
+                block_top);
         }
       }
     }
@@ -181,17 +208,19 @@ class ForwardTiles {
     for (int x = 0; x < kNQ; ++x) {
       t.top[x] = sink;
       t.sum[x] = sink == kNone ? S(0) : S(1);
-      t.factor[x] = x < t.count ? (tensors_.row_scale ? unit * (*tensors_.row_scale)[t.row0 + x] : unit) : S(0);
+      t.factor[x] = x < t.count
+                        ? (tensors_.row_scale ? unit * (*tensors_.row_scale)[t.row0 + x] : unit)
+                        : S(0);
     }
     if (t.begin < t.end) {
-      pack_query_tile<S>(t.count, n_.key_dim, query_ + t.row0 * query_stride_ + h * n_.key_dim, query_stride_, kNQ,
-                         t.factor, t.query, scratch);
+      pack_query_tile<S>(t.count, n_.key_dim, query_ + t.row0 * query_stride_ + h * n_.key_dim,
+                         query_stride_, kNQ, t.factor, t.query, scratch);
     }
   }
 
   /// One tile of scores: keys [begin, end) of the block that starts at column `base`.
-  void visit(Tile& t, Index h, Index begin, Index end, Index base, Index keys, const S* k_panels, const S* v_panels,
-             S* scores, S* addend, S* block_top) const {
+  void visit(Tile& t, Index h, Index begin, Index end, Index base, Index keys, const S* k_panels,
+             const S* v_panels, S* scores, S* addend, S* block_top) const {
     const Index i0 = t.row0 + shape_.query_offset, i1 = i0 + t.count;
     const TileClass tile_class =
         detail::classify(rule_.mask, i0, i1, begin + shape_.key_offset, end + shape_.key_offset);
@@ -218,21 +247,23 @@ class ForwardTiles {
     }
     const Index groups = value_rows_ / kMR;
     if (t.started) {
-      tile_accumulate<S, kMR, kNV, TileStart::rescale>(groups, b - a, v_panels + a * kMR, keys * kMR,
-                                                       scores + a * kNQ, t.out, t.factor);
+      tile_accumulate<S, kMR, kNV, TileStart::rescale>(
+          groups, b - a, v_panels + a * kMR, keys * kMR, scores + a * kNQ, t.out, t.factor);
     } else {
-      tile_accumulate<S, kMR, kNV, TileStart::zero>(groups, b - a, v_panels + a * kMR, keys * kMR, scores + a * kNQ,
-                                                    t.out, nullptr);
+      tile_accumulate<S, kMR, kNV, TileStart::zero>(groups, b - a, v_panels + a * kMR, keys * kMR,
+                                                    scores + a * kNQ, t.out, nullptr);
       t.started = true;
     }
   }
 
-  EIGENBLOCKS_NOINLINE void apply_score(const Tile& t, Index h, Index begin, Index end, S* scores, S* addend) const {
+  EIGENBLOCKS_NOINLINE void apply_score(const Tile& t, Index h, Index begin, Index end, S* scores,
+                                        S* addend) const {
     const Index i0 = t.row0 + shape_.query_offset, last = i0 + t.count - 1;
     if (tensors_.bias != nullptr) {
       const Matrix<S>& bias = *tensors_.bias;
       const Index row = bias.rows() == n_.queries ? t.row0 : h * n_.queries + t.row0;
-      transpose_into<S, kW>(t.count, end - begin, bias.data() + row * bias.cols() + begin, bias.cols(), addend, kNQ);
+      transpose_into<S, kW>(t.count, end - begin, bias.data() + row * bias.cols() + begin,
+                            bias.cols(), addend, kNQ);
       for (Index x = t.count; x < kNQ; ++x) {
         for (Index r = 0; r < end - begin; ++r) addend[r * kNQ + x] = S(0);
       }
@@ -240,7 +271,8 @@ class ForwardTiles {
     for (Index j = begin; j < end; ++j, scores += kNQ, addend += kNQ) {
       for (int v = 0; v < kNQ; v += kW) {
         const P irel = simd::iota<P>(static_cast<S>(v));
-        P s = score_lanes<P>(rule_.score, simd::load<P>(scores + v), irel, i0, v, last, j + shape_.key_offset, h);
+        P s = score_lanes<P>(rule_.score, simd::load<P>(scores + v), irel, i0, v, last,
+                             j + shape_.key_offset, h);
         if (tensors_.bias != nullptr) {
           const P b = simd::load<P>(addend + v);
           s = simd::select(simd::equal(b, simd::set1<P>(kNone)), b, simd::add(s, b));
@@ -250,7 +282,8 @@ class ForwardTiles {
     }
   }
 
-  EIGENBLOCKS_NOINLINE void apply_mask(const Tile& t, Index h, Index begin, Index end, S* scores) const {
+  EIGENBLOCKS_NOINLINE void apply_mask(const Tile& t, Index h, Index begin, Index end,
+                                       S* scores) const {
     const Index i0 = t.row0 + shape_.query_offset, last = i0 + t.count - 1;
     for (Index col = begin; col < end; ++col, scores += kNQ) {
       const Index j = col + shape_.key_offset;
@@ -259,7 +292,8 @@ class ForwardTiles {
       for (int v = 0; v < kNQ; v += kW) {
         const P irel = simd::iota<P>(static_cast<S>(v));
         const P keep = mask_lanes<P>(rule_.mask, irel, i0, v, last, j, h);
-        simd::store<P>(scores + v, simd::select(keep, simd::load<P>(scores + v), simd::set1<P>(kNone)));
+        simd::store<P>(scores + v,
+                       simd::select(keep, simd::load<P>(scores + v), simd::set1<P>(kNone)));
       }
     }
   }
@@ -277,14 +311,16 @@ class ForwardTiles {
     P most[std::size_t(kNV)];
     for (int v = 0; v < kNV; ++v) most[v] = simd::load<P>(top + v * kW);
     for (Index r = 0; r < rows; ++r) {
-      for (int v = 0; v < kNV; ++v) most[v] = simd::max(most[v], simd::load<P>(scores + r * kNQ + v * kW));
+      for (int v = 0; v < kNV; ++v)
+        most[v] = simd::max(most[v], simd::load<P>(scores + r * kNQ + v * kW));
     }
     for (int v = 0; v < kNV; ++v) simd::store<P>(top + v * kW, most[v]);
   }
 
   /// scores -> exp(scores - m) with the new running maximum m; sum = sum * factor + row sums; factor = exp(old m - m).
   template <bool kNatural>
-  EIGENBLOCKS_NOINLINE static void soften(Index rows, S* scores, const S* block_top, const Tile& t) {
+  EIGENBLOCKS_NOINLINE static void soften(Index rows, S* scores, const S* block_top,
+                                          const Tile& t) {
     const P none = simd::set1<P>(kNone);
     const auto exponential = [](const P& x) EIGENBLOCKS_INLINE_LAMBDA {
       if constexpr (kNatural) {
@@ -311,8 +347,8 @@ class ForwardTiles {
       });
     }
     unroll<kNV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-      simd::store<P>(t.sum + v * kW,
-                     simd::fma(simd::load<P>(t.sum + v * kW), simd::load<P>(t.factor + v * kW), sum[v]));
+      simd::store<P>(t.sum + v * kW, simd::fma(simd::load<P>(t.sum + v * kW),
+                                               simd::load<P>(t.factor + v * kW), sum[v]));
     });
   }
 
@@ -346,8 +382,10 @@ class ForwardTiles {
       unpack_query_tile<S>(t.count, n_.value_dim, t.out, kNQ, scratch, n_.value_dim, scratch);
       using Rows = Eigen::Map<Matrix<S>, 0, Eigen::OuterStride<>>;
       Rows merged(out, t.count, n_.value_dim, Eigen::OuterStride<>(out_stride_));
-      Rows merged_lse(lse_ + t.row0 * lse_stride_ + h, t.count, 1, Eigen::OuterStride<>(lse_stride_));
-      attention_merge_into(merged, merged_lse, Eigen::Map<const Matrix<S>>(scratch, t.count, n_.value_dim),
+      Rows merged_lse(lse_ + t.row0 * lse_stride_ + h, t.count, 1,
+                      Eigen::OuterStride<>(lse_stride_));
+      attention_merge_into(merged, merged_lse,
+                           Eigen::Map<const Matrix<S>>(scratch, t.count, n_.value_dim),
                            Eigen::Map<const Matrix<S>>(lse, t.count, 1));
     }
   }

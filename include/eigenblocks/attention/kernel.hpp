@@ -20,18 +20,23 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 namespace detail {
 
 template <class Q, class K, class V, class O>
-AttentionSizes require_forward(const Q& query, const K& key, const V& value, const O& out, const AttentionShape& shape) {
-  const AttentionSizes n = attention_sizes(query.rows(), query.cols(), key.rows(), key.cols(), value.rows(),
-                                           value.cols(), shape);
-  require_shape("out", out.rows(), out.cols(), n.queries, n.heads * n.value_dim, "queries x heads * value_dim");
+AttentionSizes require_forward(const Q& query, const K& key, const V& value, const O& out,
+                               const AttentionShape& shape) {
+  const AttentionSizes n = attention_sizes(query.rows(), query.cols(), key.rows(), key.cols(),
+                                           value.rows(), value.cols(), shape);
+  require_shape("out", out.rows(), out.cols(), n.queries, n.heads * n.value_dim,
+                "queries x heads * value_dim");
   return n;
 }
 
 /// attention_forward with the tile sizes and the workspace chosen by the caller; lse is Tq x heads.
-template <class Shape = void, MatrixLike Q, MatrixLike K, MatrixLike V, class O, class L, class Rule>
-void attention_forward_into(const Q& query, const K& key, const V& value, O& out, L& lse, const AttentionShape& shape,
-                            const Rule& rule, const AttentionTensors<compute_t<scalar_t<Q>>>& tensors,
-                            ExecutorRef executor, Workspace& workspace, const TileTuning& tuning = {}) {
+template <class Shape = void, MatrixLike Q, MatrixLike K, MatrixLike V, class O, class L,
+          class Rule>
+void attention_forward_into(const Q& query, const K& key, const V& value, O& out, L& lse,
+                            const AttentionShape& shape, const Rule& rule,
+                            const AttentionTensors<compute_t<scalar_t<Q>>>& tensors,
+                            ExecutorRef executor, Workspace& workspace,
+                            const TileTuning& tuning = {}) {
   using T = scalar_t<Q>;
   using S = compute_t<T>;
   using Tile = std::conditional_t<std::is_void_v<Shape>, TileShape<S>, Shape>;
@@ -40,8 +45,9 @@ void attention_forward_into(const Q& query, const K& key, const V& value, O& out
   require_score_heads(rule.score, n.heads);
   require_shape("lse", lse.rows(), lse.cols(), n.queries, n.heads, "queries x heads");
   const MatrixSource<T> source{key.data(), key.outerStride(), value.data(), value.outerStride()};
-  ForwardTiles<S, T, MatrixSource<T>, Rule, Tile>(n, shape, rule, tensors, query.data(), query.outerStride(), source,
-                                                  out.data(), out.outerStride(), lse.data(), lse.outerStride(), tuning)
+  ForwardTiles<S, T, MatrixSource<T>, Rule, Tile>(
+      n, shape, rule, tensors, query.data(), query.outerStride(), source, out.data(),
+      out.outerStride(), lse.data(), lse.outerStride(), tuning)
       .run(executor, workspace);
 }
 
@@ -49,47 +55,47 @@ void attention_forward_into(const Q& query, const K& key, const V& value, O& out
 
 /// Writes out (Tq x heads*e); returns the log-sum-exp for the backward.
 template <MatrixLike Q, MatrixLike K, MatrixLike V, OutputMatrix O, class Rule = DefaultRule>
-  requires SameScalar<Q, K, V, O>
-AttentionSaved<compute_t<scalar_t<Q>>> attention_forward(const Q& query, const K& key, const V& value, O&& out,
-                                                         const AttentionShape& shape, const Rule& rule = {},
-                                                         const AttentionTensors<compute_t<scalar_t<Q>>>& tensors = {},
-                                                         ExecutorRef executor = {}) {
-  const detail::AttentionSizes n = detail::require_forward(query, key, value, out, shape);
-  AttentionSaved<compute_t<scalar_t<Q>>> saved;
-  saved.lse.resize(n.queries, n.heads);
-  Workspace workspace;
-  detail::attention_forward_into(query, key, value, out, saved.lse, shape, rule, tensors, executor, workspace);
-  return saved;
-}
+  requires SameScalar<Q, K, V, O> AttentionSaved<compute_t<scalar_t<Q>>> attention_forward(
+      const Q& query, const K& key, const V& value, O&& out, const AttentionShape& shape,
+      const Rule& rule = {}, const AttentionTensors<compute_t<scalar_t<Q>>>& tensors = {},
+      ExecutorRef executor = {}) {
+    const detail::AttentionSizes n = detail::require_forward(query, key, value, out, shape);
+    AttentionSaved<compute_t<scalar_t<Q>>> saved;
+    saved.lse.resize(n.queries, n.heads);
+    Workspace workspace;
+    detail::attention_forward_into(query, key, value, out, saved.lse, shape, rule, tensors,
+                                   executor, workspace);
+    return saved;
+  }
 
 /// The same with the result as value.
 template <MatrixLike Q, MatrixLike K, MatrixLike V, class Rule = DefaultRule>
-  requires SameScalar<Q, K, V>
-Matrix<scalar_t<Q>> attention(const Q& query, const K& key, const V& value, const AttentionShape& shape,
-                              const Rule& rule = {}, const AttentionTensors<compute_t<scalar_t<Q>>>& tensors = {},
-                              ExecutorRef executor = {}) {
-  const detail::AttentionSizes n = detail::attention_sizes(query.rows(), query.cols(), key.rows(), key.cols(),
-                                                           value.rows(), value.cols(), shape);
-  Matrix<scalar_t<Q>> out(n.queries, n.heads * n.value_dim);
-  attention_forward(query, key, value, out, shape, rule, tensors, executor);
-  return out;
-}
+  requires SameScalar<Q, K, V> Matrix<scalar_t<Q>> attention(
+      const Q& query, const K& key, const V& value, const AttentionShape& shape,
+      const Rule& rule = {}, const AttentionTensors<compute_t<scalar_t<Q>>>& tensors = {},
+      ExecutorRef executor = {}) {
+    const detail::AttentionSizes n = detail::attention_sizes(
+        query.rows(), query.cols(), key.rows(), key.cols(), value.rows(), value.cols(), shape);
+    Matrix<scalar_t<Q>> out(n.queries, n.heads * n.value_dim);
+    attention_forward(query, key, value, out, shape, rule, tensors, executor);
+    return out;
+  }
 
 /// Gradients of a loss whose derivative by out is dout (and by the log-sum-exp gradients->upstream_lse).  Overwrites dquery,
 /// dkey, dvalue (shapes of query, key, value) and the non-null tensors of `gradients`; parameter gradients of the score functor
 /// are added.  `out` and `saved` are those of the forward.
-template <MatrixLike Q, MatrixLike K, MatrixLike V, MatrixLike O, MatrixLike DO, OutputMatrix DQ, OutputMatrix DK,
-          OutputMatrix DV, class Rule = DefaultRule>
+template <MatrixLike Q, MatrixLike K, MatrixLike V, MatrixLike O, MatrixLike DO, OutputMatrix DQ,
+          OutputMatrix DK, OutputMatrix DV, class Rule = DefaultRule>
   requires SameScalar<Q, K, V, O, DO, DQ, DK, DV>
-void attention_backward(const AttentionSaved<compute_t<scalar_t<Q>>>& saved, const Q& query, const K& key,
-                        const V& value, const O& out, const DO& dout, DQ&& dquery, DK&& dkey, DV&& dvalue,
-                        const AttentionShape& shape, const Rule& rule = {},
+void attention_backward(const AttentionSaved<compute_t<scalar_t<Q>>>& saved, const Q& query,
+                        const K& key, const V& value, const O& out, const DO& dout, DQ&& dquery,
+                        DK&& dkey, DV&& dvalue, const AttentionShape& shape, const Rule& rule = {},
                         const AttentionTensors<compute_t<scalar_t<Q>>>& tensors = {},
                         AttentionTensorGradients<compute_t<scalar_t<Q>>>* gradients = nullptr,
                         ExecutorRef executor = {}) {
   Workspace workspace;
-  detail::attention_backward_into(saved.lse, query, key, value, out, dout, dquery, dkey, dvalue, shape, rule, tensors,
-                                  gradients, executor, workspace);
+  detail::attention_backward_into(saved.lse, query, key, value, out, dout, dquery, dkey, dvalue,
+                                  shape, rule, tensors, gradients, executor, workspace);
 }
 
 EIGENBLOCKS_NAMESPACE_END

@@ -53,11 +53,15 @@ concept MaskOfHeads = requires(const M& mask, Index i) {
   { mask(i, i, i) } -> std::convertible_to<bool>;
 };
 
+// Windows beyond this are as good as unbounded, and positions plus or minus one stay in range.
+inline constexpr Index kWidestWindow = Index{1} << 60;
+
 /// i0 + irel - j as lanes; |i0 - j| is clamped far outside the tile so that float stays exact.
 template <class P>
 EIGENBLOCKS_ALWAYS_INLINE P clamped_distance(const P& irel, Index i0, Index j) {
   constexpr Index kFar = Index{1} << 20;
-  return simd::add(irel, simd::set1<P>(static_cast<simd::lane_t<P>>(std::clamp(i0 - j, -kFar, kFar))));
+  return simd::add(irel,
+                   simd::set1<P>(static_cast<simd::lane_t<P>>(std::clamp(i0 - j, -kFar, kFar))));
 }
 
 }  // namespace detail
@@ -93,7 +97,7 @@ struct WindowLeftMask : detail::MaskTag {
   explicit WindowLeftMask(Index w) : window(w) {}
   bool operator()(Index i, Index j, Index) const { return j >= i - window; }
   TileClass classify(Index i0, Index i1, Index j0, Index j1) const {
-    return j1 - 1 < i0 - window   ? TileClass::empty
+    return j1 - 1 < i0 - window    ? TileClass::empty
            : j0 >= i1 - 1 - window ? TileClass::full
                                    : TileClass::partial;
   }
@@ -108,7 +112,7 @@ struct WindowLeftMask : detail::MaskTag {
 /// j >= i - window; window >= 0.
 inline WindowLeftMask window_left(Index window) {
   detail::require(window >= 0, "window_left: window (", window, ") must not be negative");
-  return WindowLeftMask(window);
+  return WindowLeftMask(std::min(window, detail::kWidestWindow));
 }
 
 struct WindowRightMask : detail::MaskTag {
@@ -129,7 +133,7 @@ struct WindowRightMask : detail::MaskTag {
 /// j <= i + window; window >= 0.
 inline WindowRightMask window_right(Index window) {
   detail::require(window >= 0, "window_right: window (", window, ") must not be negative");
-  return WindowRightMask(window);
+  return WindowRightMask(std::min(window, detail::kWidestWindow));
 }
 
 struct PrefixMask : detail::MaskTag {
@@ -213,8 +217,8 @@ KeyRange key_range(const M& mask, Index i0, Index i1) {
 /// Mask packet of queries i0 + first_lane + 0, 1, ... and key j.  Queries beyond last_query (padding lanes of a tile) are
 /// asked as last_query, so a user's mask never sees a position that does not exist.
 template <class P, class M>
-EIGENBLOCKS_ALWAYS_INLINE P mask_lanes(const M& mask, const P& irel, Index i0, Index first_lane, Index last_query,
-                                       Index j, Index h) {
+EIGENBLOCKS_ALWAYS_INLINE P mask_lanes(const M& mask, const P& irel, Index i0, Index first_lane,
+                                       Index last_query, Index j, Index h) {
   if constexpr (HasMaskLanes<M, P>) {
     (void)first_lane;
     (void)last_query;
@@ -244,10 +248,9 @@ struct AndMask : MaskTag {
     return {std::max(x.begin, y.begin), std::min(x.end, y.end)};
   }
   template <class P>
-    requires HasMaskLanes<A, P> && HasMaskLanes<B, P>
-  P lanes(const P& irel, Index i0, Index j, Index h) const {
-    return simd::mask_and<P>(a.lanes(irel, i0, j, h), b.lanes(irel, i0, j, h));
-  }
+    requires HasMaskLanes<A, P> && HasMaskLanes<B, P> P lanes(const P& irel, Index i0, Index j,
+                                                              Index h)
+  const { return simd::mask_and<P>(a.lanes(irel, i0, j, h), b.lanes(irel, i0, j, h)); }
 };
 
 template <class A, class B>
@@ -266,10 +269,9 @@ struct OrMask : MaskTag {
     return {std::min(x.begin, y.begin), std::max(x.end, y.end)};
   }
   template <class P>
-    requires HasMaskLanes<A, P> && HasMaskLanes<B, P>
-  P lanes(const P& irel, Index i0, Index j, Index h) const {
-    return simd::mask_or<P>(a.lanes(irel, i0, j, h), b.lanes(irel, i0, j, h));
-  }
+    requires HasMaskLanes<A, P> && HasMaskLanes<B, P> P lanes(const P& irel, Index i0, Index j,
+                                                              Index h)
+  const { return simd::mask_or<P>(a.lanes(irel, i0, j, h), b.lanes(irel, i0, j, h)); }
 };
 
 }  // namespace detail

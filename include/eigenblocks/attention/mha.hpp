@@ -32,15 +32,15 @@ enum class QkNorm { none, rms_head, rms_full };
 
 struct MhaOptions {
   Index heads = 1;
-  Index kv_heads = 0;                          ///< 0 means heads
-  Index head_dim = 1;                          ///< d; need not be D / heads
+  Index kv_heads = 0;  ///< 0 means heads
+  Index head_dim = 1;  ///< d; need not be D / heads
   QkNorm qk_norm = QkNorm::none;
   double norm_eps = 1e-6;
-  double rope_base = 10000.0;                  ///< 0 switches rotary positions off (NoPE)
-  Index rotary_dim = 0;                        ///< rotated channels of a head; 0 means all
-  RopeLayout rope_layout = RopeLayout::half;   ///< as transformers' Llama, Qwen, Mistral
-  Index window_left = -1;                      ///< -1 is unbounded; transformers' sliding_window W is W - 1
-  double soft_cap = 0;                         ///< 0 is off
+  double rope_base = 10000.0;                 ///< 0 switches rotary positions off (NoPE)
+  Index rotary_dim = 0;                       ///< rotated channels of a head; 0 means all
+  RopeLayout rope_layout = RopeLayout::half;  ///< as transformers' Llama, Qwen, Mistral
+  Index window_left = -1;  ///< -1 is unbounded; transformers' sliding_window W is W - 1
+  double soft_cap = 0;     ///< 0 is off
   std::optional<double> scale = std::nullopt;  ///< default 1/sqrt(head_dim)
 };
 
@@ -59,23 +59,31 @@ class Mha {
  public:
   /// Errors: heads, kv_heads, head_dim < 1; kv_heads not dividing heads; rotary_dim odd or larger than head_dim; rope_base
   /// negative; soft_cap negative; window_left < -1; scale not finite.  frequencies replaces the plain ones of rope_base.
-  explicit Mha(const MhaOptions& options, const RotaryFrequencies* frequencies = nullptr, Index positions = 4096)
+  explicit Mha(const MhaOptions& options, const RotaryFrequencies* frequencies = nullptr,
+               Index positions = 4096)
       : options_(options) {
     if (options_.kv_heads == 0) options_.kv_heads = options_.heads;
     if (options_.rotary_dim == 0) options_.rotary_dim = options_.head_dim;
     const MhaOptions& o = options_;
-    detail::require(o.heads >= 1 && o.kv_heads >= 1, "heads (", o.heads, ") and kv_heads (", o.kv_heads, ") must be at least 1");
-    detail::require(o.heads % o.kv_heads == 0, "kv_heads (", o.kv_heads, ") must divide heads (", o.heads, ")");
+    detail::require(o.heads >= 1 && o.kv_heads >= 1, "heads (", o.heads, ") and kv_heads (",
+                    o.kv_heads, ") must be at least 1");
+    detail::require(o.heads % o.kv_heads == 0, "kv_heads (", o.kv_heads, ") must divide heads (",
+                    o.heads, ")");
     detail::require(o.head_dim >= 1, "head_dim (", o.head_dim, ") must be at least 1");
-    detail::require(o.window_left >= -1, "window_left (", o.window_left, ") must be -1 (unbounded) or >= 0");
-    detail::require(o.rope_base >= 0, "rope_base (", o.rope_base, ") must be positive, or 0 for no rotary positions");
-    detail::require(!o.scale || std::isfinite(*o.scale), "scale (", o.scale.value_or(0), ") must be finite");
+    detail::require(o.window_left >= -1, "window_left (", o.window_left,
+                    ") must be -1 (unbounded) or >= 0");
+    detail::require(o.rope_base >= 0, "rope_base (", o.rope_base,
+                    ") must be positive, or 0 for no rotary positions");
+    detail::require(!o.scale || std::isfinite(*o.scale), "scale (", o.scale.value_or(0),
+                    ") must be finite");
     soft_cap(o.soft_cap);
     if (o.rope_base > 0 || frequencies != nullptr) {
-      detail::require(o.rotary_dim <= o.head_dim, "rotary_dim (", o.rotary_dim, ") must be at most head_dim (", o.head_dim, ")");
-      table_.emplace(frequencies ? *frequencies : rope_frequencies(o.rotary_dim, o.rope_base), o.rope_layout, positions);
-      detail::require(table_->rotary_dim() <= o.head_dim, "the frequencies turn ", table_->rotary_dim(),
-                      " channels, head_dim is ", o.head_dim);
+      detail::require(o.rotary_dim <= o.head_dim, "rotary_dim (", o.rotary_dim,
+                      ") must be at most head_dim (", o.head_dim, ")");
+      table_.emplace(frequencies ? *frequencies : rope_frequencies(o.rotary_dim, o.rope_base),
+                     o.rope_layout, positions);
+      detail::require(table_->rotary_dim() <= o.head_dim, "the frequencies turn ",
+                      table_->rotary_dim(), " channels, head_dim is ", o.head_dim);
     }
   }
 
@@ -95,7 +103,8 @@ class Mha {
   template <class F>
   void with_rule(F&& f) const {
     constexpr Index kUnbounded = Index{1} << 60;
-    const auto mask = causal() & window_left(options_.window_left < 0 ? kUnbounded : options_.window_left);
+    const auto mask =
+        causal() & window_left(options_.window_left < 0 ? kUnbounded : options_.window_left);
     if (options_.soft_cap > 0) {
       f(attention_rule(mask, soft_cap(options_.soft_cap)));
     } else {
@@ -110,17 +119,18 @@ class Mha {
 
 /// Which rows belong together, and where they stand.
 struct MhaBatch {
-  std::span<const Index> cu_seqlens = {};  ///< cumulative lengths from 0 to the number of rows; empty: one sequence
-  Index first_position = 0;                ///< position of the first row of each sequence
+  std::span<const Index> cu_seqlens =
+      {};  ///< cumulative lengths from 0 to the number of rows; empty: one sequence
+  Index first_position = 0;  ///< position of the first row of each sequence
 };
 
 /// What the backward needs; its buffers are reused when the same object is passed again.
 template <RealScalar S>
 struct MhaSaved {
-  Matrix<S> q_raw, k_raw;      ///< projections before the norm; empty without one
+  Matrix<S> q_raw, k_raw;  ///< projections before the norm; empty without one
   Vector<S> q_rstd, k_rstd;
-  Matrix<S> q, k, v;           ///< as attended to: after norm and rotation
-  Matrix<S> attended;          ///< concatenated heads, before W_o
+  Matrix<S> q, k, v;   ///< as attended to: after norm and rotation
+  Matrix<S> attended;  ///< concatenated heads, before W_o
   AttentionSaved<S> attention;
 };
 
@@ -186,37 +196,41 @@ void project(const X& x, const Matrix<S>& w, const Vector<S>& b, Y& y, ExecutorR
 
 /// Gradients of project by its parameters, overwritten.
 template <MatrixLike X, MatrixLike DY, RealScalar S>
-void project_backward(const X& x, const DY& dy, Matrix<S>& dw, Vector<S>& db, ExecutorRef executor) {
+void project_backward(const X& x, const DY& dy, Matrix<S>& dw, Vector<S>& db,
+                      ExecutorRef executor) {
   linear_backward_weight(x, dy, dw, executor);
   if (db.size() != 0) linear_backward_bias(dy, db, executor);
 }
 
 /// Norm and rotation of projected heads, in place; keeps `raw` and rstd when there is a norm.
 template <RealScalar S>
-void mha_position(const Mha<S>& layer, const Vector<S>& gain, Index heads, Matrix<S>& x, Matrix<S>& raw, Vector<S>& rstd,
-                  const MhaBatch& batch, ExecutorRef executor) {
+void mha_position(const Mha<S>& layer, const Vector<S>& gain, Index heads, Matrix<S>& x,
+                  Matrix<S>& raw, Vector<S>& rstd, const MhaBatch& batch, ExecutorRef executor) {
   const MhaOptions& o = layer.options();
   if (o.qk_norm != QkNorm::none) {
-    const RmsNormOptions norm{.eps = o.norm_eps, .heads = o.qk_norm == QkNorm::rms_head ? heads : 1};
+    const RmsNormOptions norm{.eps = o.norm_eps,
+                              .heads = o.qk_norm == QkNorm::rms_head ? heads : 1};
     raw = x;
     rstd.resize(x.rows() * norm.heads);
     rms_norm_forward(raw, gain, x, rstd, norm, executor);
   }
   if (layer.rotary() == nullptr) return;
   for_each_batch_part(batch, x.rows(), [&](Index first, Index rows) {
-    rope_in_place(x.middleRows(first, rows), batch.first_position, *layer.rotary(), {.heads = heads}, executor);
+    rope_in_place(x.middleRows(first, rows), batch.first_position, *layer.rotary(),
+                  {.heads = heads}, executor);
   });
 }
 
 /// The way back of mha_position: dx in place, dgain overwritten.
 template <RealScalar S>
-void mha_position_backward(const Mha<S>& layer, const Vector<S>& gain, Index heads, const Matrix<S>& raw,
-                           const Vector<S>& rstd, Matrix<S>& dx, Vector<S>& dgain, const MhaBatch& batch,
-                           ExecutorRef executor) {
+void mha_position_backward(const Mha<S>& layer, const Vector<S>& gain, Index heads,
+                           const Matrix<S>& raw, const Vector<S>& rstd, Matrix<S>& dx,
+                           Vector<S>& dgain, const MhaBatch& batch, ExecutorRef executor) {
   const MhaOptions& o = layer.options();
   if (layer.rotary() != nullptr) {
     for_each_batch_part(batch, dx.rows(), [&](Index first, Index rows) {
-      rope_backward_in_place(dx.middleRows(first, rows), batch.first_position, *layer.rotary(), {.heads = heads}, executor);
+      rope_backward_in_place(dx.middleRows(first, rows), batch.first_position, *layer.rotary(),
+                             {.heads = heads}, executor);
     });
   }
   dgain.resize(gain.size());
@@ -233,8 +247,9 @@ void mha_position_backward(const Mha<S>& layer, const Vector<S>& gain, Index hea
 /// y (T x D) from x (T x D); fills `saved` for the backward.
 template <MatrixLike X, OutputMatrix Y>
   requires SameScalar<X, Y> && RealScalar<scalar_t<X>>
-void mha_forward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weights, const X& x, Y&& y,
-                 MhaSaved<scalar_t<X>>& saved, const MhaBatch& batch = {}, ExecutorRef executor = {}) {
+void mha_forward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weights, const X& x,
+                 Y&& y, MhaSaved<scalar_t<X>>& saved, const MhaBatch& batch = {},
+                 ExecutorRef executor = {}) {
   const MhaOptions& o = layer.options();
   const Index rows = x.rows();
   detail::require_mha_weights(layer, weights, x.cols());
@@ -247,13 +262,17 @@ void mha_forward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& w
   detail::project(x, weights.w_q, weights.b_q, saved.q, executor);
   detail::project(x, weights.w_k, weights.b_k, saved.k, executor);
   detail::project(x, weights.w_v, weights.b_v, saved.v, executor);
-  detail::mha_position(layer, weights.q_norm, o.heads, saved.q, saved.q_raw, saved.q_rstd, batch, executor);
-  detail::mha_position(layer, weights.k_norm, o.kv_heads, saved.k, saved.k_raw, saved.k_rstd, batch, executor);
+  detail::mha_position(layer, weights.q_norm, o.heads, saved.q, saved.q_raw, saved.q_rstd, batch,
+                       executor);
+  detail::mha_position(layer, weights.k_norm, o.kv_heads, saved.k, saved.k_raw, saved.k_rstd, batch,
+                       executor);
   const Index whole[] = {0, rows};
-  const std::span<const Index> cu = batch.cu_seqlens.empty() ? std::span<const Index>(whole) : batch.cu_seqlens;
+  const std::span<const Index> cu =
+      batch.cu_seqlens.empty() ? std::span<const Index>(whole) : batch.cu_seqlens;
   layer.with_rule([&](const auto& rule) {
-    saved.attention = attention_varlen_forward(saved.q, saved.k, saved.v, cu, cu, saved.attended, layer.shape(), rule,
-                                               detail::mha_tensors(weights), executor);
+    saved.attention =
+        attention_varlen_forward(saved.q, saved.k, saved.v, cu, cu, saved.attended, layer.shape(),
+                                 rule, detail::mha_tensors(weights), executor);
   });
   detail::project(saved.attended, weights.w_o, weights.b_o, y, executor);
 }
@@ -262,17 +281,21 @@ void mha_forward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& w
 template <MatrixLike X, MatrixLike DY, OutputMatrix DX>
   requires SameScalar<X, DY, DX> && RealScalar<scalar_t<X>>
 void mha_backward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weights,
-                  const MhaSaved<scalar_t<X>>& saved, const X& x, const DY& dy, DX&& dx, MhaWeights<scalar_t<X>>& dweights,
-                  const MhaBatch& batch = {}, ExecutorRef executor = {}) {
+                  const MhaSaved<scalar_t<X>>& saved, const X& x, const DY& dy, DX&& dx,
+                  MhaWeights<scalar_t<X>>& dweights, const MhaBatch& batch = {},
+                  ExecutorRef executor = {}) {
   using S = scalar_t<X>;
   const MhaOptions& o = layer.options();
   const Index rows = x.rows();
   detail::require_mha_weights(layer, weights, x.cols());
   detail::require_shape("dy", dy.rows(), dy.cols(), rows, x.cols(), "shape of x");
   detail::require_shape("dx", dx.rows(), dx.cols(), rows, x.cols(), "shape of x");
-  detail::require_shape("saved.q", saved.q.rows(), saved.q.cols(), rows, o.heads * o.head_dim, "rows of x, heads * head_dim");
+  detail::require_shape("saved.q", saved.q.rows(), saved.q.cols(), rows, o.heads * o.head_dim,
+                        "rows of x, heads * head_dim");
   detail::require_batch(batch, rows);
-  const auto like = [](Matrix<S>& gradient, const Matrix<S>& of) { gradient.resize(of.rows(), of.cols()); };
+  const auto like = [](Matrix<S>& gradient, const Matrix<S>& of) {
+    gradient.resize(of.rows(), of.cols());
+  };
   like(dweights.w_q, weights.w_q);
   like(dweights.w_k, weights.w_k);
   like(dweights.w_v, weights.w_v);
@@ -289,13 +312,17 @@ void mha_backward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& 
   AttentionTensorGradients<S> gradients;
   if (weights.sinks.size() != 0) gradients.sinks = &dweights.sinks;
   const Index whole[] = {0, rows};
-  const std::span<const Index> cu = batch.cu_seqlens.empty() ? std::span<const Index>(whole) : batch.cu_seqlens;
+  const std::span<const Index> cu =
+      batch.cu_seqlens.empty() ? std::span<const Index>(whole) : batch.cu_seqlens;
   layer.with_rule([&](const auto& rule) {
-    attention_varlen_backward(saved.attention, saved.q, saved.k, saved.v, cu, cu, saved.attended, dattended, dq, dk, dv,
-                              layer.shape(), rule, detail::mha_tensors(weights), &gradients, executor);
+    attention_varlen_backward(saved.attention, saved.q, saved.k, saved.v, cu, cu, saved.attended,
+                              dattended, dq, dk, dv, layer.shape(), rule,
+                              detail::mha_tensors(weights), &gradients, executor);
   });
-  detail::mha_position_backward(layer, weights.q_norm, o.heads, saved.q_raw, saved.q_rstd, dq, dweights.q_norm, batch, executor);
-  detail::mha_position_backward(layer, weights.k_norm, o.kv_heads, saved.k_raw, saved.k_rstd, dk, dweights.k_norm, batch, executor);
+  detail::mha_position_backward(layer, weights.q_norm, o.heads, saved.q_raw, saved.q_rstd, dq,
+                                dweights.q_norm, batch, executor);
+  detail::mha_position_backward(layer, weights.k_norm, o.kv_heads, saved.k_raw, saved.k_rstd, dk,
+                                dweights.k_norm, batch, executor);
   detail::project_backward(x, dq, dweights.w_q, dweights.b_q, executor);
   detail::project_backward(x, dk, dweights.w_k, dweights.b_k, executor);
   detail::project_backward(x, dv, dweights.w_v, dweights.b_v, executor);
@@ -308,8 +335,8 @@ void mha_backward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& 
 template <RealScalar S>
 struct MhaState {
   KvCache<S> cache;
-  MhaSaved<S> scratch;      ///< buffers of the projections, reused from call to call
-  Index first_position = 0; ///< position of the first token, where rotation starts to count
+  MhaSaved<S> scratch;       ///< buffers of the projections, reused from call to call
+  Index first_position = 0;  ///< position of the first token, where rotation starts to count
 
   Index size() const { return cache.size(); }
   void truncate(Index n) { cache.truncate(n); }
@@ -320,7 +347,10 @@ struct MhaState {
 template <RealScalar S>
 MhaState<S> mha_state(const Mha<S>& layer, Index capacity = 0, Index first_position = 0) {
   const MhaOptions& o = layer.options();
-  return {.cache = KvCache<S>({.kv_heads = o.kv_heads, .head_dim = o.head_dim, .capacity = capacity, .window = o.window_left}),
+  return {.cache = KvCache<S>({.kv_heads = o.kv_heads,
+                               .head_dim = o.head_dim,
+                               .capacity = capacity,
+                               .window = o.window_left}),
           .scratch = {},
           .first_position = first_position};
 }
@@ -328,8 +358,8 @@ MhaState<S> mha_state(const Mha<S>& layer, Index capacity = 0, Index first_posit
 /// The rows that follow what the state has seen; y is rows x D.  On an error nothing is changed.
 template <MatrixLike X, OutputMatrix Y>
   requires SameScalar<X, Y> && RealScalar<scalar_t<X>>
-void mha_step(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weights, MhaState<scalar_t<X>>& state, const X& x,
-              Y&& y, ExecutorRef executor = {}) {
+void mha_step(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weights,
+              MhaState<scalar_t<X>>& state, const X& x, Y&& y, ExecutorRef executor = {}) {
   const MhaOptions& o = layer.options();
   const Index rows = x.rows();
   detail::require_mha_weights(layer, weights, x.cols());
@@ -347,7 +377,8 @@ void mha_step(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weig
   detail::mha_position(layer, weights.q_norm, o.heads, s.q, s.q_raw, s.q_rstd, batch, executor);
   detail::mha_position(layer, weights.k_norm, o.kv_heads, s.k, s.k_raw, s.k_rstd, batch, executor);
   layer.with_rule([&](const auto& rule) {
-    attention_step(state.cache, s.q, s.k, s.v, s.attended, layer.shape(), rule, detail::mha_tensors(weights), executor);
+    attention_step(state.cache, s.q, s.k, s.v, s.attended, layer.shape(), rule,
+                   detail::mha_tensors(weights), executor);
   });
   detail::project(s.attended, weights.w_o, weights.b_o, y, executor);
 }

@@ -20,11 +20,11 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 
 namespace detail {
 
-/// log(e^a + e^b) without overflow; (-inf, -inf) gives -inf.
+/// log(e^a + e^b) without overflow; (-inf, -inf) gives -inf, NaN stays NaN.
 template <RealScalar S>
 S log_add_exp(S a, S b) {
   const S top = a > b ? a : b;
-  if (top == -std::numeric_limits<S>::infinity()) return top;
+  if (top == -std::numeric_limits<S>::infinity()) return a + b;  // NaN + -inf is NaN
   return top + std::log1p(std::exp(-std::abs(a - b)));
 }
 
@@ -37,7 +37,8 @@ S merge_weight(S part, S total) {
 inline void require_partial(const char* name, Index rows, Index cols, Index lse_rows, Index heads) {
   require(heads >= 1 || rows == 0, "lse has no columns");
   require(lse_rows == rows && (heads == 0 || cols % heads == 0), name, " is ", rows, " x ", cols,
-          ", its lse ", lse_rows, " x ", heads, ": expected the same rows and heads dividing the columns");
+          ", its lse ", lse_rows, " x ", heads,
+          ": expected the same rows and heads dividing the columns");
 }
 
 }  // namespace detail
@@ -49,8 +50,10 @@ void attention_merge_into(O&& out, L&& lse, const PO& part_out, const PL& part_l
   using S = scalar_t<O>;
   const Index heads = lse.cols();
   detail::require_partial("out", out.rows(), out.cols(), lse.rows(), heads);
-  detail::require_shape("part_out", part_out.rows(), part_out.cols(), out.rows(), out.cols(), "shape of out");
-  detail::require_shape("part_lse", part_lse.rows(), part_lse.cols(), lse.rows(), lse.cols(), "shape of lse");
+  detail::require_shape("part_out", part_out.rows(), part_out.cols(), out.rows(), out.cols(),
+                        "shape of out");
+  detail::require_shape("part_lse", part_lse.rows(), part_lse.cols(), lse.rows(), lse.cols(),
+                        "shape of lse");
   if (heads == 0) return;
   const Index e = out.cols() / heads;
   for (Index i = 0; i < out.rows(); ++i) {
@@ -72,19 +75,25 @@ void attention_merge_into(O&& out, L&& lse, const PO& part_out, const PL& part_l
 
 /// Backward of one part of a merge: gradients of part_out and part_lse, given the merged out and lse, the upstream dout and
 /// (optionally) dlse.  Overwrites dpart_out and dpart_lse.
-template <MatrixLike PO, MatrixLike PL, MatrixLike O, MatrixLike L, MatrixLike DO, OutputMatrix DPO, OutputMatrix DPL>
+template <MatrixLike PO, MatrixLike PL, MatrixLike O, MatrixLike L, MatrixLike DO, OutputMatrix DPO,
+          OutputMatrix DPL>
   requires SameScalar<PO, PL, O, L, DO, DPO, DPL> && RealScalar<scalar_t<O>>
-void attention_merge_backward(const PO& part_out, const PL& part_lse, const O& out, const L& lse, const DO& dout,
-                              DPO&& dpart_out, DPL&& dpart_lse, const Matrix<scalar_t<O>>* dlse = nullptr) {
+void attention_merge_backward(const PO& part_out, const PL& part_lse, const O& out, const L& lse,
+                              const DO& dout, DPO&& dpart_out, DPL&& dpart_lse,
+                              const Matrix<scalar_t<O>>* dlse = nullptr) {
   using S = scalar_t<O>;
   const Index heads = lse.cols(), rows = out.rows();
   detail::require_partial("out", rows, out.cols(), lse.rows(), heads);
-  detail::require_shape("part_out", part_out.rows(), part_out.cols(), rows, out.cols(), "shape of out");
+  detail::require_shape("part_out", part_out.rows(), part_out.cols(), rows, out.cols(),
+                        "shape of out");
   detail::require_shape("part_lse", part_lse.rows(), part_lse.cols(), rows, heads, "shape of lse");
   detail::require_shape("dout", dout.rows(), dout.cols(), rows, out.cols(), "shape of out");
-  detail::require_shape("dpart_out", dpart_out.rows(), dpart_out.cols(), rows, out.cols(), "shape of out");
-  detail::require_shape("dpart_lse", dpart_lse.rows(), dpart_lse.cols(), rows, heads, "shape of lse");
-  if (dlse != nullptr) detail::require_shape("dlse", dlse->rows(), dlse->cols(), rows, heads, "shape of lse");
+  detail::require_shape("dpart_out", dpart_out.rows(), dpart_out.cols(), rows, out.cols(),
+                        "shape of out");
+  detail::require_shape("dpart_lse", dpart_lse.rows(), dpart_lse.cols(), rows, heads,
+                        "shape of lse");
+  if (dlse != nullptr)
+    detail::require_shape("dlse", dlse->rows(), dlse->cols(), rows, heads, "shape of lse");
   if (heads == 0) return;
   const Index e = out.cols() / heads;
   for (Index i = 0; i < rows; ++i) {
@@ -98,8 +107,9 @@ void attention_merge_backward(const PO& part_out, const PL& part_lse, const O& o
       }
       const auto upstream = dout.row(i).segment(h * e, e);
       row = weight * upstream;
-      dpart_lse(i, h) = weight * (upstream.dot(part_out.row(i).segment(h * e, e) - out.row(i).segment(h * e, e)) +
-                                  (dlse ? (*dlse)(i, h) : S(0)));
+      dpart_lse(i, h) =
+          weight * (upstream.dot(part_out.row(i).segment(h * e, e) - out.row(i).segment(h * e, e)) +
+                    (dlse ? (*dlse)(i, h) : S(0)));
     }
   }
 }

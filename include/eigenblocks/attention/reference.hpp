@@ -19,9 +19,10 @@ namespace detail {
 
 /// Scores of one query row against all keys: raw (scaled products) and final (after the pipeline, -inf where masked).
 template <class Rule>
-void reference_scores(const ConstMatrixRef<double>& q, const ConstMatrixRef<double>& k, const AttentionSizes& n,
-                      const AttentionShape& shape, const Rule& rule, const AttentionTensors<double>& tensors,
-                      Index row, Index h, std::vector<double>& raw, std::vector<double>& score) {
+void reference_scores(const ConstMatrixRef<double>& q, const ConstMatrixRef<double>& k,
+                      const AttentionSizes& n, const AttentionShape& shape, const Rule& rule,
+                      const AttentionTensors<double>& tensors, Index row, Index h,
+                      std::vector<double>& raw, std::vector<double>& score) {
   const Index d = n.key_dim, kv = h / n.group, i = row + shape.query_offset;
   const double rho = tensors.row_scale ? (*tensors.row_scale)[row] : 1.0;
   for (Index col = 0; col < n.keys; ++col) {
@@ -36,22 +37,32 @@ void reference_scores(const ConstMatrixRef<double>& q, const ConstMatrixRef<doub
       bias = (*tensors.bias)(tensors.bias->rows() == n.queries ? row : h * n.queries + row, col);
       visible = visible && bias != -std::numeric_limits<double>::infinity();
     }
-    score[at] = visible ? rule.score(raw[at], i, j, h) + bias : -std::numeric_limits<double>::infinity();
+    score[at] =
+        visible ? rule.score(raw[at], i, j, h) + bias : -std::numeric_limits<double>::infinity();
   }
 }
 
-inline double reference_lse(const std::vector<double>& score, const AttentionTensors<double>& tensors, Index h) {
-  constexpr double kNone = -std::numeric_limits<double>::infinity();
-  double top = tensors.sinks ? (*tensors.sinks)[h] : kNone;
-  for (const double s : score) top = s > top || std::isnan(s) ? s : top;
-  if (top == kNone) return kNone;
-  double sum = tensors.sinks ? std::exp((*tensors.sinks)[h] - top) : 0.0;
-  for (const double s : score) sum += s == kNone ? 0.0 : std::exp(s - top);
-  return top + std::log(sum);
-}
+/// The denominator of one row: lse = top + log_sum.  Kept in two parts, because next to a row of -1e30 the logarithm of
+/// the number of keys would be lost.
+struct ReferenceNormaliser {
+  static constexpr double kNone = -std::numeric_limits<double>::infinity();
+  double top = kNone, log_sum = 0;
+  double lse() const { return top + log_sum; }
+  double probability(double score) const {
+    return score == kNone ? 0.0 : std::exp(score - top - log_sum);
+  }
+};
 
-inline double reference_probability(double score, double lse) {
-  return score == -std::numeric_limits<double>::infinity() ? 0.0 : std::exp(score - lse);
+inline ReferenceNormaliser reference_normaliser(const std::vector<double>& score,
+                                                const AttentionTensors<double>& tensors, Index h) {
+  ReferenceNormaliser n;
+  if (tensors.sinks) n.top = (*tensors.sinks)[h];
+  for (const double s : score) n.top = s > n.top || std::isnan(s) ? s : n.top;
+  if (n.top == n.kNone) return n;
+  double sum = tensors.sinks ? std::exp((*tensors.sinks)[h] - n.top) : 0.0;
+  for (const double s : score) sum += s == n.kNone ? 0.0 : std::exp(s - n.top);
+  n.log_sum = std::log(sum);
+  return n;
 }
 
 }  // namespace detail
@@ -59,24 +70,26 @@ inline double reference_probability(double score, double lse) {
 /// out (Tq x heads*e) and lse (Tq x heads) of the pipeline in rule.hpp.  Errors as attention_forward.
 template <class Rule = DefaultRule>
 void attention_reference(const ConstMatrixRef<double>& query, const ConstMatrixRef<double>& key,
-                         const ConstMatrixRef<double>& value, MatrixRef<double> out, MatrixRef<double> lse,
-                         const AttentionShape& shape, const Rule& rule = {},
+                         const ConstMatrixRef<double>& value, MatrixRef<double> out,
+                         MatrixRef<double> lse, const AttentionShape& shape, const Rule& rule = {},
                          const AttentionTensors<double>& tensors = {}) {
-  const detail::AttentionSizes n = detail::attention_sizes(query.rows(), query.cols(), key.rows(), key.cols(),
-                                                           value.rows(), value.cols(), shape);
+  const detail::AttentionSizes n = detail::attention_sizes(
+      query.rows(), query.cols(), key.rows(), key.cols(), value.rows(), value.cols(), shape);
   detail::require_tensors(tensors, n);
   detail::require_score_heads(rule.score, n.heads);
-  detail::require_shape("out", out.rows(), out.cols(), n.queries, n.heads * n.value_dim, "queries x heads * value_dim");
+  detail::require_shape("out", out.rows(), out.cols(), n.queries, n.heads * n.value_dim,
+                        "queries x heads * value_dim");
   detail::require_shape("lse", lse.rows(), lse.cols(), n.queries, n.heads, "queries x heads");
   std::vector<double> raw(static_cast<std::size_t>(n.keys)), score(raw);
   for (Index h = 0; h < n.heads; ++h) {
     for (Index row = 0; row < n.queries; ++row) {
       detail::reference_scores(query, key, n, shape, rule, tensors, row, h, raw, score);
-      lse(row, h) = detail::reference_lse(score, tensors, h);
+      const auto normaliser = detail::reference_normaliser(score, tensors, h);
+      lse(row, h) = normaliser.lse();
       auto o = out.row(row).segment(h * n.value_dim, n.value_dim);
       o.setZero();
       for (Index col = 0; col < n.keys; ++col) {
-        const double p = detail::reference_probability(score[static_cast<std::size_t>(col)], lse(row, h));
+        const double p = normaliser.probability(score[static_cast<std::size_t>(col)]);
         if (p != 0) o += p * value.row(col).segment(h / n.group * n.value_dim, n.value_dim);
       }
     }
@@ -86,20 +99,28 @@ void attention_reference(const ConstMatrixRef<double>& query, const ConstMatrixR
 /// Gradients of sum <dout, out> (+ <upstream_lse, lse>); overwrites dq, dk, dv and the non-null fields of `gradients`.
 /// Parameter gradients of the score functor (accumulate) are added.
 template <class Rule = DefaultRule>
-void attention_reference_backward(const ConstMatrixRef<double>& query, const ConstMatrixRef<double>& key,
-                                  const ConstMatrixRef<double>& value, const ConstMatrixRef<double>& dout,
-                                  MatrixRef<double> dquery, MatrixRef<double> dkey, MatrixRef<double> dvalue,
+void attention_reference_backward(const ConstMatrixRef<double>& query,
+                                  const ConstMatrixRef<double>& key,
+                                  const ConstMatrixRef<double>& value,
+                                  const ConstMatrixRef<double>& dout, MatrixRef<double> dquery,
+                                  MatrixRef<double> dkey, MatrixRef<double> dvalue,
                                   const AttentionShape& shape, const Rule& rule = {},
                                   const AttentionTensors<double>& tensors = {},
                                   AttentionTensorGradients<double>* gradients = nullptr) {
-  const detail::AttentionSizes n = detail::attention_sizes(query.rows(), query.cols(), key.rows(), key.cols(),
-                                                           value.rows(), value.cols(), shape);
+  const detail::AttentionSizes n = detail::attention_sizes(
+      query.rows(), query.cols(), key.rows(), key.cols(), value.rows(), value.cols(), shape);
   const Index d = n.key_dim, e = n.value_dim;
   Matrix<double> out(n.queries, n.heads * e), lse(n.queries, n.heads);
   attention_reference(query, key, value, out, lse, shape, rule, tensors);
   AttentionTensorGradients<double> none;
   AttentionTensorGradients<double>& g = gradients ? *gradients : none;
   detail::require_tensor_gradients(g, tensors, n);
+  detail::require_shape("dout", dout.rows(), dout.cols(), n.queries, n.heads * e, "shape of out");
+  detail::require_shape("dquery", dquery.rows(), dquery.cols(), query.rows(), query.cols(),
+                        "shape of query");
+  detail::require_shape("dkey", dkey.rows(), dkey.cols(), key.rows(), key.cols(), "shape of key");
+  detail::require_shape("dvalue", dvalue.rows(), dvalue.cols(), value.rows(), value.cols(),
+                        "shape of value");
   dquery.setZero();
   dkey.setZero();
   dvalue.setZero();
@@ -112,14 +133,15 @@ void attention_reference_backward(const ConstMatrixRef<double>& query, const Con
     for (Index row = 0; row < n.queries; ++row) {
       if (lse(row, h) == -std::numeric_limits<double>::infinity()) continue;
       detail::reference_scores(query, key, n, shape, rule, tensors, row, h, raw, score);
+      const auto normaliser = detail::reference_normaliser(score, tensors, h);
       const auto go = dout.row(row).segment(h * e, e);
-      const double delta =
-          go.dot(out.row(row).segment(h * e, e)) - (g.upstream_lse ? (*g.upstream_lse)(row, h) : 0.0);
+      const double delta = go.dot(out.row(row).segment(h * e, e)) -
+                           (g.upstream_lse ? (*g.upstream_lse)(row, h) : 0.0);
       const double rho = tensors.row_scale ? (*tensors.row_scale)[row] : 1.0;
-      if (g.sinks) (*g.sinks)[h] -= std::exp((*tensors.sinks)[h] - lse(row, h)) * delta;
+      if (g.sinks) (*g.sinks)[h] -= normaliser.probability((*tensors.sinks)[h]) * delta;
       for (Index col = 0; col < n.keys; ++col) {
         const auto at = static_cast<std::size_t>(col);
-        const double p = detail::reference_probability(score[at], lse(row, h));
+        const double p = normaliser.probability(score[at]);
         if (p == 0) continue;
         const Index i = row + shape.query_offset, j = col + shape.key_offset;
         dvalue.row(col).segment(kv * e, e) += p * go;

@@ -25,11 +25,12 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 using BoolMatrix = Eigen::Matrix<bool, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 struct AttentionShape {
-  Index heads = 1;              ///< query heads
-  Index kv_heads = 0;           ///< key/value heads; 0 means as many as query heads
-  Index query_offset = 0;       ///< absolute position of query row 0; may be negative
-  Index key_offset = 0;         ///< absolute position of key row 0
-  std::optional<double> scale = std::nullopt;  ///< default 1/sqrt(head_dim); 0 and negative values are legal
+  Index heads = 1;         ///< query heads
+  Index kv_heads = 0;      ///< key/value heads; 0 means as many as query heads
+  Index query_offset = 0;  ///< absolute position of query row 0; may be negative
+  Index key_offset = 0;    ///< absolute position of key row 0
+  std::optional<double> scale =
+      std::nullopt;  ///< default 1/sqrt(head_dim); 0 and negative values are legal
 };
 
 /// Keys and queries are used as given.
@@ -49,11 +50,16 @@ struct AttentionRule {
 /// Bundles a mask (mask.hpp or a lambda), a score functor (score.hpp) and a position policy.
 template <class M = FullMask, class F = IdentityScore, class P = PlainPosition>
 auto attention_rule(M mask = {}, F score = {}, P position = {}) {
-  static_assert(Mask<M>, "attention_rule: argument 1 must be a mask, callable as bool(Index query, Index key[, Index head])");
-  static_assert(Score<F>, "attention_rule: argument 2 must be a score functor, callable as S(S s, Index i, Index j, Index h)");
+  static_assert(Mask<M>,
+                "attention_rule: argument 1 must be a mask, callable as bool(Index query, Index "
+                "key[, Index head])");
+  static_assert(Score<F>,
+                "attention_rule: argument 2 must be a score functor, callable as S(S s, Index i, "
+                "Index j, Index h)");
   if constexpr (Mask<M> && Score<F>) {
     auto lifted = detail::as_mask(std::move(mask));
-    return AttentionRule<decltype(lifted), F, P>{std::move(lifted), std::move(score), std::move(position)};
+    return AttentionRule<decltype(lifted), F, P>{std::move(lifted), std::move(score),
+                                                 std::move(position)};
   }
 }
 using DefaultRule = decltype(attention_rule());
@@ -61,7 +67,8 @@ using DefaultRule = decltype(attention_rule());
 /// Optional operands; null means not used.  S is the compute scalar.
 template <RealScalar S>
 struct AttentionTensors {
-  const Matrix<S>* bias = nullptr;       ///< Tq x Tk, shared by the heads, or (heads * Tq) x Tk, head h in rows [h Tq, (h+1) Tq)
+  const Matrix<S>* bias =
+      nullptr;  ///< Tq x Tk, shared by the heads, or (heads * Tq) x Tk, head h in rows [h Tq, (h+1) Tq)
   const BoolMatrix* mask = nullptr;      ///< Tq x Tk, true = visible
   const Vector<S>* row_scale = nullptr;  ///< rho, Tq
   const Vector<S>* sinks = nullptr;      ///< heads
@@ -95,41 +102,53 @@ template <class F>
 void require_score_heads(const F& score, Index heads) {
   if constexpr (requires { score.slopes.size(); }) {
     require_size("alibi slopes", score.slopes.size(), heads, "one per query head");
-  } else if constexpr (requires { score.f; score.g; }) {
+  } else if constexpr (requires {
+                         score.f;
+                         score.g;
+                       }) {
     require_score_heads(score.f, heads);
     require_score_heads(score.g, heads);
   }
 }
 
-inline AttentionSizes attention_sizes(Index query_rows, Index query_cols, Index key_rows, Index key_cols,
-                                      Index value_rows, Index value_cols, const AttentionShape& shape) {
+inline AttentionSizes attention_sizes(Index query_rows, Index query_cols, Index key_rows,
+                                      Index key_cols, Index value_rows, Index value_cols,
+                                      const AttentionShape& shape) {
   const Index heads = shape.heads, kv_heads = shape.kv_heads == 0 ? heads : shape.kv_heads;
   require(heads >= 1, "heads (", heads, ") must be at least 1");
   require(kv_heads >= 1, "kv_heads (", kv_heads, ") must be at least 1");
   require(heads % kv_heads == 0, "kv_heads (", kv_heads, ") must divide heads (", heads, ")");
-  require(query_cols % heads == 0, "heads (", heads, ") must divide the ", query_cols, " columns of query");
-  require(value_cols % kv_heads == 0, "kv_heads (", kv_heads, ") must divide the ", value_cols, " columns of value");
+  require(query_cols % heads == 0, "heads (", heads, ") must divide the ", query_cols,
+          " columns of query");
+  require(value_cols % kv_heads == 0, "kv_heads (", kv_heads, ") must divide the ", value_cols,
+          " columns of value");
   const Index dim = query_cols / heads;
   require(dim >= 1 || query_rows == 0, "query has no columns");
   require_shape("key", key_rows, key_cols, key_rows, kv_heads * dim,
                 "cols = kv_heads * head_dim, head_dim as in query");
   require_shape("value", value_rows, value_cols, key_rows, value_cols, "one row per key");
-  const double scale = shape.scale ? *shape.scale : dim > 0 ? 1.0 / std::sqrt(static_cast<double>(dim)) : 1.0;
+  const double scale = shape.scale ? *shape.scale
+                       : dim > 0   ? 1.0 / std::sqrt(static_cast<double>(dim))
+                                   : 1.0;
   require(std::isfinite(scale), "scale (", scale, ") must be finite");
-  return {query_rows, key_rows, heads, kv_heads, heads / kv_heads, dim, value_cols / kv_heads, scale};
+  return {query_rows, key_rows, heads, kv_heads, heads / kv_heads, dim, value_cols / kv_heads,
+          scale};
 }
 
 template <class S>
 void require_tensors(const AttentionTensors<S>& t, const AttentionSizes& n) {
   if (t.bias != nullptr) {
-    require((t.bias->rows() == n.queries || t.bias->rows() == n.heads * n.queries) && t.bias->cols() == n.keys,
-            "bias is ", t.bias->rows(), " x ", t.bias->cols(), ", expected ", n.queries, " x ", n.keys, " or ",
-            n.heads * n.queries, " x ", n.keys, " (queries or heads * queries, keys)");
+    require((t.bias->rows() == n.queries || t.bias->rows() == n.heads * n.queries) &&
+                t.bias->cols() == n.keys,
+            "bias is ", t.bias->rows(), " x ", t.bias->cols(), ", expected ", n.queries, " x ",
+            n.keys, " or ", n.heads * n.queries, " x ", n.keys,
+            " (queries or heads * queries, keys)");
   }
   if (t.mask != nullptr) {
     require_shape("mask", t.mask->rows(), t.mask->cols(), n.queries, n.keys, "queries x keys");
   }
-  if (t.row_scale != nullptr) require_size("row_scale", t.row_scale->size(), n.queries, "one per query row");
+  if (t.row_scale != nullptr)
+    require_size("row_scale", t.row_scale->size(), n.queries, "one per query row");
   if (t.sinks != nullptr) require_size("sinks", t.sinks->size(), n.heads, "one per query head");
 }
 
@@ -138,11 +157,12 @@ void require_tensor_gradients(const AttentionTensorGradients<S>& g, const Attent
                               const AttentionSizes& n) {
   if (g.bias != nullptr) {
     require(t.bias != nullptr, "a gradient of bias was asked for, but there is no bias");
-    require_shape("gradient of bias", g.bias->rows(), g.bias->cols(), t.bias->rows(), t.bias->cols(),
-                  "shape of bias");
+    require_shape("gradient of bias", g.bias->rows(), g.bias->cols(), t.bias->rows(),
+                  t.bias->cols(), "shape of bias");
   }
   if (g.row_scale != nullptr) {
-    require(t.row_scale != nullptr, "a gradient of row_scale was asked for, but there is no row_scale");
+    require(t.row_scale != nullptr,
+            "a gradient of row_scale was asked for, but there is no row_scale");
     require_size("gradient of row_scale", g.row_scale->size(), n.queries, "one per query row");
   }
   if (g.sinks != nullptr) {
@@ -150,8 +170,8 @@ void require_tensor_gradients(const AttentionTensorGradients<S>& g, const Attent
     require_size("gradient of sinks", g.sinks->size(), n.heads, "one per query head");
   }
   if (g.upstream_lse != nullptr) {
-    require_shape("upstream_lse", g.upstream_lse->rows(), g.upstream_lse->cols(), n.queries, n.heads,
-                  "queries x heads");
+    require_shape("upstream_lse", g.upstream_lse->rows(), g.upstream_lse->cols(), n.queries,
+                  n.heads, "queries x heads");
   }
 }
 

@@ -48,9 +48,13 @@ concept Score = ScoreFor<F, float> || ScoreFor<F, double>;
 namespace detail {
 
 template <class F>
-concept AdditiveScore = requires { requires F::additive; };
+concept AdditiveScore = requires {
+  requires F::additive;
+};
 template <class F>
-concept RelativeScore = requires { requires F::relative; };
+concept RelativeScore = requires {
+  requires F::relative;
+};
 template <class F, class P>
 concept HasScoreLanes = requires(const F& f, P s, Index i) {
   { f.lanes(s, s, i, i, i) } -> std::convertible_to<P>;
@@ -60,7 +64,9 @@ concept HasScoreGradLanes = requires(const F& f, P s, Index i) {
   { f.grad_lanes(s, s, i, i, i) } -> std::convertible_to<P>;
 };
 template <class F, class S>
-concept HasScoreAccumulate = requires(const F& f, S s, Index i) { f.accumulate(s, s, i, i, i); };
+concept HasScoreAccumulate = requires(const F& f, S s, Index i) {
+  f.accumulate(s, s, i, i, i);
+};
 
 /// d out / d s, 1 for additive functors.
 template <class F, class S>
@@ -74,8 +80,8 @@ S score_grad(const F& f, S s, Index i, Index j, Index h) {
 
 /// f on a packet of queries i0 + irel[lane]; lifted lane by lane when f has no lane form, padding lanes asked as last_query.
 template <class P, class F>
-EIGENBLOCKS_ALWAYS_INLINE P score_lanes(const F& f, const P& s, const P& irel, Index i0, Index first_lane,
-                                        Index last_query, Index j, Index h) {
+EIGENBLOCKS_ALWAYS_INLINE P score_lanes(const F& f, const P& s, const P& irel, Index i0,
+                                        Index first_lane, Index last_query, Index j, Index h) {
   if constexpr (HasScoreLanes<F, P>) {
     (void)first_lane;
     (void)last_query;
@@ -84,13 +90,14 @@ EIGENBLOCKS_ALWAYS_INLINE P score_lanes(const F& f, const P& s, const P& irel, I
     constexpr int w = simd::kPacketSize<P>;
     simd::lane_t<P> value[std::size_t(w)];
     simd::store<P>(value, s);
-    for (int x = 0; x < w; ++x) value[x] = f(value[x], std::min(i0 + first_lane + x, last_query), j, h);
+    for (int x = 0; x < w; ++x)
+      value[x] = f(value[x], std::min(i0 + first_lane + x, last_query), j, h);
     return simd::load<P>(value);
   }
 }
 template <class P, class F>
-EIGENBLOCKS_ALWAYS_INLINE P score_grad_lanes(const F& f, const P& s, const P& irel, Index i0, Index first_lane,
-                                             Index last_query, Index j, Index h) {
+EIGENBLOCKS_ALWAYS_INLINE P score_grad_lanes(const F& f, const P& s, const P& irel, Index i0,
+                                             Index first_lane, Index last_query, Index j, Index h) {
   if constexpr (AdditiveScore<F>) {
     return simd::set1<P>(simd::lane_t<P>(1));
   } else if constexpr (HasScoreGradLanes<F, P>) {
@@ -151,7 +158,8 @@ struct SoftCapScore {
 };
 /// cap tanh(s / cap); cap = 0 switches it off.  Error: cap negative or not finite.
 inline SoftCapScore soft_cap(double cap) {
-  detail::require(cap >= 0 && std::isfinite(cap), "soft_cap: cap (", cap, ") must be finite and >= 0");
+  detail::require(cap >= 0 && std::isfinite(cap), "soft_cap: cap (", cap,
+                  ") must be finite and >= 0");
   SoftCapScore score;
   score.cap = cap;
   return score;
@@ -162,9 +170,9 @@ enum class AlibiDistance { absolute, past };
 template <RealScalar S>
 struct AlibiScore {
   static constexpr bool additive = true, relative = true;
-  Vector<S> slopes;                    // one per query head
+  Vector<S> slopes;  // one per query head
   AlibiDistance distance = AlibiDistance::absolute;
-  S* slopes_gradient = nullptr;        // set by alibi_with_gradient
+  S* slopes_gradient = nullptr;  // set by alibi_with_gradient
 
   template <class T>
   T operator()(T s, Index i, Index j, Index h) const {
@@ -174,7 +182,8 @@ struct AlibiScore {
   P lanes(const P& s, const P& irel, Index i0, Index j, Index h) const {
     using T = simd::lane_t<P>;
     const P past = simd::add(irel, simd::set1<P>(static_cast<T>(i0 - j)));
-    const P d = distance == AlibiDistance::absolute ? simd::abs(past) : simd::max(past, simd::zero<P>());
+    const P d =
+        distance == AlibiDistance::absolute ? simd::abs(past) : simd::max(past, simd::zero<P>());
     return simd::fma(simd::set1<P>(static_cast<T>(-slopes[h])), d, s);
   }
 
@@ -205,8 +214,8 @@ AlibiScore<scalar_t<V>> alibi(const V& slopes, AlibiDistance distance = AlibiDis
 template <RealScalar S>
 LearnedAlibiScore<S> alibi_with_gradient(const Vector<S>& slopes, Vector<S>& slopes_gradient,
                                          AlibiDistance distance = AlibiDistance::absolute) {
-  detail::require_size("alibi_with_gradient: slopes_gradient", slopes_gradient.size(), slopes.size(),
-                       "one per slope");
+  detail::require_size("alibi_with_gradient: slopes_gradient", slopes_gradient.size(),
+                       slopes.size(), "one per slope");
   LearnedAlibiScore<S> score;
   score.slopes = slopes;
   score.distance = distance;
@@ -256,15 +265,18 @@ struct ComposedScore {
     return detail::score_grad(g, f(s, i, j, h), i, j, h) * detail::score_grad(f, s, i, j, h);
   }
   template <class P>
-    requires detail::HasScoreLanes<F, P> && detail::HasScoreLanes<G, P>
-  P lanes(const P& s, const P& irel, Index i0, Index j, Index h) const {
-    return g.lanes(f.lanes(s, irel, i0, j, h), irel, i0, j, h);
-  }
+    requires detail::HasScoreLanes<F, P> && detail::HasScoreLanes<G, P> P lanes(const P& s,
+                                                                                const P& irel,
+                                                                                Index i0, Index j,
+                                                                                Index h)
+  const { return g.lanes(f.lanes(s, irel, i0, j, h), irel, i0, j, h); }
   template <class P>
     requires(detail::HasScoreLanes<F, P> &&
-             (detail::AdditiveScore<F> || detail::HasScoreGradLanes<F, P>) &&
-             (detail::AdditiveScore<G> || detail::HasScoreGradLanes<G, P>))
-  P grad_lanes(const P& s, const P& irel, Index i0, Index j, Index h) const {
+             (detail::AdditiveScore<F> ||
+              detail::HasScoreGradLanes<F, P>)&&(detail::AdditiveScore<G> ||
+                                                 detail::HasScoreGradLanes<G, P>))
+  P grad_lanes(const P& s, const P& irel, Index i0, Index j, Index h)
+  const {
     const P inner = f.lanes(s, irel, i0, j, h);
     return simd::mul(detail::score_grad_lanes<P>(g, inner, irel, i0, 0, i0, j, h),
                      detail::score_grad_lanes<P>(f, s, irel, i0, 0, i0, j, h));

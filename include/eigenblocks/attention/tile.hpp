@@ -40,13 +40,14 @@ template <int N, class F>
 EIGENBLOCKS_ALWAYS_INLINE void unroll(F&& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
     (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
+  }
+  (std::make_integer_sequence<int, N>{});
 }
-#define EIGENBLOCKS_INLINE_LAMBDA __attribute__((always_inline))
 
 /// acc[m][v] += sum_k a[k MR + m] * b[k stride + v W ...]; everything stays in registers.
 template <class P, int MR, int NV>
-EIGENBLOCKS_ALWAYS_INLINE void tile_multiply(P (&acc)[std::size_t(MR)][std::size_t(NV)], Index depth, const simd::lane_t<P>* a,
+EIGENBLOCKS_ALWAYS_INLINE void tile_multiply(P (&acc)[std::size_t(MR)][std::size_t(NV)],
+                                             Index depth, const simd::lane_t<P>* a,
                                              const simd::lane_t<P>* b) {
   constexpr int w = simd::kPacketSize<P>;
   for (Index k = 0; k < depth; ++k, a += MR, b += NV * w) {
@@ -57,7 +58,9 @@ EIGENBLOCKS_ALWAYS_INLINE void tile_multiply(P (&acc)[std::size_t(MR)][std::size
     });
     unroll<MR>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
       const P scalar = simd::set1<P>(a[m]);
-      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { acc[m][v] = simd::fma(scalar, row[v], acc[m][v]); });
+      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+        acc[m][v] = simd::fma(scalar, row[v], acc[m][v]);
+      });
     });
   }
 }
@@ -65,8 +68,8 @@ EIGENBLOCKS_ALWAYS_INLINE void tile_multiply(P (&acc)[std::size_t(MR)][std::size
 /// scores[key][NQ] = panel keys times queries, for `groups` panels of MR keys; panel g starts at k_panels + g * depth * MR.
 /// With kMax the column maxima are merged into top[NQ].
 template <RealScalar S, int MR, int NV, bool kMax>
-EIGENBLOCKS_NOINLINE void tile_scores(Index groups, Index depth, const S* k_panels, const S* queries, S* scores,
-                                      S* top) {
+EIGENBLOCKS_NOINLINE void tile_scores(Index groups, Index depth, const S* k_panels,
+                                      const S* queries, S* scores, S* top) {
   using P = simd::Packet<S>;
   constexpr int w = simd::kLanes<S>;
   for (Index g = 0; g < groups; ++g, k_panels += depth * MR, scores += MR * NV * w) {
@@ -76,7 +79,9 @@ EIGENBLOCKS_NOINLINE void tile_scores(Index groups, Index depth, const S* k_pane
     });
     tile_multiply<P, MR, NV>(acc, depth, k_panels, queries);
     unroll<MR>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { simd::store<P>(scores + (m * NV + v) * w, acc[m][v]); });
+      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+        simd::store<P>(scores + (m * NV + v) * w, acc[m][v]);
+      });
     });
     if constexpr (kMax) {
       unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
@@ -93,8 +98,9 @@ enum class TileStart { zero, keep, rescale };
 /// out[c][NQ] = start + sum_keys v_panels * probabilities[keys][NQ], for `groups` panels of MR channels, panel_stride apart.
 /// start: zero, the old value, or the old value times factor[NQ].
 template <RealScalar S, int MR, int NV, TileStart kStart>
-EIGENBLOCKS_NOINLINE void tile_accumulate(Index groups, Index keys, const S* v_panels, Index panel_stride,
-                                          const S* probabilities, S* out, const S* factor) {
+EIGENBLOCKS_NOINLINE void tile_accumulate(Index groups, Index keys, const S* v_panels,
+                                          Index panel_stride, const S* probabilities, S* out,
+                                          const S* factor) {
   using P = simd::Packet<S>;
   constexpr int w = simd::kLanes<S>;
   for (Index g = 0; g < groups; ++g, v_panels += panel_stride, out += MR * NV * w) {
@@ -106,13 +112,16 @@ EIGENBLOCKS_NOINLINE void tile_accumulate(Index groups, Index keys, const S* v_p
         } else if constexpr (kStart == TileStart::keep) {
           acc[m][v] = simd::load<P>(out + (m * NV + v) * w);
         } else {
-          acc[m][v] = simd::mul(simd::load<P>(out + (m * NV + v) * w), simd::load<P>(factor + v * w));
+          acc[m][v] =
+              simd::mul(simd::load<P>(out + (m * NV + v) * w), simd::load<P>(factor + v * w));
         }
       });
     });
     tile_multiply<P, MR, NV>(acc, keys, v_panels, probabilities);
     unroll<MR>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { simd::store<P>(out + (m * NV + v) * w, acc[m][v]); });
+      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+        simd::store<P>(out + (m * NV + v) * w, acc[m][v]);
+      });
     });
   }
 }
@@ -120,13 +129,16 @@ EIGENBLOCKS_NOINLINE void tile_accumulate(Index groups, Index keys, const S* v_p
 /// Weights read in place from one or more tiles, rows from a matrix: for m < MR, c < NV W
 ///   out[m][c] += sum_{t < tiles} sum_{q < nq} weights[t tile_stride + m nq + q] * rows[(t nq + q) row_stride + c]
 template <RealScalar S, int MR, int NV>
-EIGENBLOCKS_ALWAYS_INLINE void tile_rows_block(Index tiles, Index tile_stride, int nq, const S* weights, const S* rows,
-                                               Index row_stride, S* out, Index out_stride) {
+EIGENBLOCKS_ALWAYS_INLINE void tile_rows_block(Index tiles, Index tile_stride, int nq,
+                                               const S* weights, const S* rows, Index row_stride,
+                                               S* out, Index out_stride) {
   using P = simd::Packet<S>;
   constexpr int w = simd::kLanes<S>;
   P acc[std::size_t(MR)][std::size_t(NV)];
   unroll<MR>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-    unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { acc[m][v] = simd::load<P>(out + m * out_stride + v * w); });
+    unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+      acc[m][v] = simd::load<P>(out + m * out_stride + v * w);
+    });
   });
   for (Index t = 0; t < tiles; ++t, weights += tile_stride) {
     for (int q = 0; q < nq; ++q, rows += row_stride) {
@@ -137,29 +149,35 @@ EIGENBLOCKS_ALWAYS_INLINE void tile_rows_block(Index tiles, Index tile_stride, i
       });
       unroll<MR>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
         const P scalar = simd::set1<P>(weights[m * nq + q]);
-        unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { acc[m][v] = simd::fma(scalar, row[v], acc[m][v]); });
+        unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+          acc[m][v] = simd::fma(scalar, row[v], acc[m][v]);
+        });
       });
     }
   }
   unroll<MR>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-    unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { simd::store<P>(out + m * out_stride + v * w, acc[m][v]); });
+    unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+      simd::store<P>(out + m * out_stride + v * w, acc[m][v]);
+    });
   });
 }
 
 /// tile_rows_block over all columns; `columns` is a multiple of W (padded), two registers at a time, then one.
 template <RealScalar S, int MR>
-EIGENBLOCKS_NOINLINE void tile_rows(Index columns, Index tiles, Index tile_stride, int nq, const S* weights,
-                                    const S* rows, Index row_stride, S* out, Index out_stride) {
+EIGENBLOCKS_NOINLINE void tile_rows(Index columns, Index tiles, Index tile_stride, int nq,
+                                    const S* weights, const S* rows, Index row_stride, S* out,
+                                    Index out_stride) {
   constexpr int w = simd::kLanes<S>;
   Index c = 0;
   for (; c + 2 * w <= columns; c += 2 * w) {
-    tile_rows_block<S, MR, 2>(tiles, tile_stride, nq, weights, rows + c, row_stride, out + c, out_stride);
+    tile_rows_block<S, MR, 2>(tiles, tile_stride, nq, weights, rows + c, row_stride, out + c,
+                              out_stride);
   }
   if (c < columns) {
-    tile_rows_block<S, MR, 1>(tiles, tile_stride, nq, weights, rows + c, row_stride, out + c, out_stride);
+    tile_rows_block<S, MR, 1>(tiles, tile_stride, nq, weights, rows + c, row_stride, out + c,
+                              out_stride);
   }
 }
-
 
 /// The largest packet whose lanes divide N; the scalar where there is none.
 template <RealScalar S, int N>
@@ -172,7 +190,8 @@ using PanelPacket = typename PanelPacketOf<S, N>::type;
 
 /// to[c to_stride + r] = from[r from_stride + c] for r < rows, c < cols; packets of N lanes move N x N blocks.
 template <RealScalar S, int N>
-void transpose_into(Index rows, Index cols, const S* from, Index from_stride, S* to, Index to_stride) {
+void transpose_into(Index rows, Index cols, const S* from, Index from_stride, S* to,
+                    Index to_stride) {
   using P = PanelPacket<S, N>;
   constexpr int w = simd::kPacketSize<P>;
   Index r = 0;
@@ -181,7 +200,8 @@ void transpose_into(Index rows, Index cols, const S* from, Index from_stride, S*
       Index c = 0;
       for (; c + w <= cols; c += w) {
         Eigen::internal::PacketBlock<P, w> block;
-        for (int i = 0; i < w; ++i) block.packet[i] = simd::load<P>(from + (r + i) * from_stride + c);
+        for (int i = 0; i < w; ++i)
+          block.packet[i] = simd::load<P>(from + (r + i) * from_stride + c);
         Eigen::internal::ptranspose(block);
         for (int i = 0; i < w; ++i) simd::store<P>(to + (c + i) * to_stride + r, block.packet[i]);
       }
@@ -197,7 +217,8 @@ void transpose_into(Index rows, Index cols, const S* from, Index from_stride, S*
 
 /// Rows in the compute scalar: the operand itself when it is stored so, else converted into `scratch` (rows x cols).
 template <RealScalar S, StorageScalar T>
-const S* compute_rows(Index rows, Index cols, const T* from, Index stride, S* scratch, Index& out_stride) {
+const S* compute_rows(Index rows, Index cols, const T* from, Index stride, S* scratch,
+                      Index& out_stride) {
   if constexpr (std::is_same_v<S, T>) {
     (void)rows;
     (void)cols;
@@ -221,15 +242,16 @@ void pack_row_panels(Index rows, Index cols, const T* from, Index stride, S* pan
     const Index count = std::min<Index>(MR, rows - r);
     if (count < MR) std::fill_n(panels, cols * MR, S(0));
     Index stride_now = 0;
-    const S* const source = compute_rows<S>(count, cols, from + r * stride, stride, scratch, stride_now);
+    const S* const source =
+        compute_rows<S>(count, cols, from + r * stride, stride, scratch, stride_now);
     transpose_into<S, MR>(count, cols, source, stride_now, panels, MR);
   }
 }
 
 /// Column panels: panels[g][row][MR] for columns g MR + m, the last panel filled up with zero columns; panel_stride apart.
 template <int MR, RealScalar S, StorageScalar T>
-void pack_column_panels(Index rows, Index cols, const T* from, Index stride, S* panels, Index panel_stride,
-                        S* scratch) {
+void pack_column_panels(Index rows, Index cols, const T* from, Index stride, S* panels,
+                        Index panel_stride, S* scratch) {
   using P = PanelPacket<S, MR>;
   constexpr int w = simd::kPacketSize<P>;
   const Index whole = cols / MR * MR;
@@ -249,8 +271,8 @@ void pack_column_panels(Index rows, Index cols, const T* from, Index stride, S* 
 
 /// One query tile: to[c][NQ] = rows transposed times factor[lane]; lanes beyond `count` are zero.  scratch: NQ x cols.
 template <RealScalar S, StorageScalar T>
-void pack_query_tile(Index count, Index cols, const T* from, Index stride, int nq, const S* factor, S* to,
-                     S* scratch) {
+void pack_query_tile(Index count, Index cols, const T* from, Index stride, int nq, const S* factor,
+                     S* to, S* scratch) {
   using P = simd::Packet<S>;
   constexpr int w = simd::kLanes<S>;
   if (count < nq) std::fill_n(to, cols * nq, S(0));
@@ -259,14 +281,16 @@ void pack_query_tile(Index count, Index cols, const T* from, Index stride, int n
   transpose_into<S, w>(count, cols, source, stride_now, to, nq);
   for (Index c = 0; c < cols; ++c) {
     for (int v = 0; v < nq; v += w) {
-      simd::store<P>(to + c * nq + v, simd::mul(simd::load<P>(to + c * nq + v), simd::load<P>(factor + v)));
+      simd::store<P>(to + c * nq + v,
+                     simd::mul(simd::load<P>(to + c * nq + v), simd::load<P>(factor + v)));
     }
   }
 }
 
 /// The way back: rows[lane][c] = tile[c][lane] for lane < count, converted to the storage scalar.  scratch: NQ x cols.
 template <RealScalar S, StorageScalar T>
-void unpack_query_tile(Index count, Index cols, const S* tile, int nq, T* to, Index stride, S* scratch) {
+void unpack_query_tile(Index count, Index cols, const S* tile, int nq, T* to, Index stride,
+                       S* scratch) {
   if constexpr (std::is_same_v<S, T>) {
     (void)scratch;
     transpose_into<S, simd::kLanes<S>>(cols, count, tile, nq, to, stride);

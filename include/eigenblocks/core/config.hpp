@@ -43,7 +43,7 @@
 #define EIGENBLOCKS_JOIN_EXPANDED(major, minor, isa, failure) v##major##_##minor##_##isa##_##failure
 #define EIGENBLOCKS_JOIN(major, minor, isa, failure) \
   EIGENBLOCKS_JOIN_EXPANDED(major, minor, isa, failure)
-#define EIGENBLOCKS_ABI_NAMESPACE                                                       \
+#define EIGENBLOCKS_ABI_NAMESPACE                                                         \
   EIGENBLOCKS_JOIN(EIGENBLOCKS_VERSION_MAJOR, EIGENBLOCKS_VERSION_MINOR, EIGENBLOCKS_ISA, \
                    EIGENBLOCKS_FAILURE)
 
@@ -58,10 +58,11 @@
 #define EIGENBLOCKS_NOINLINE __attribute__((noinline))
 #define EIGENBLOCKS_COLD __attribute__((cold, noinline))
 #define EIGENBLOCKS_ALWAYS_INLINE inline __attribute__((always_inline))
-#define EIGENBLOCKS_RESTRICT __restrict__
+// Follows a lambda's parameters in hot loops: g++ calls a lambda that has several call sites.
+#define EIGENBLOCKS_INLINE_LAMBDA __attribute__((always_inline))
 #else
 #define EIGENBLOCKS_NOINLINE
 #define EIGENBLOCKS_COLD
 #define EIGENBLOCKS_ALWAYS_INLINE inline
-#define EIGENBLOCKS_RESTRICT
+#define EIGENBLOCKS_INLINE_LAMBDA
 #endif

@@ -22,18 +22,18 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 struct GradcheckOptions {
   double rtol = 1e-6;
   double atol = 1e-8;
-  double step = 7.4e-4;         ///< eps^(1/5); multiplied by max(1, |x|)
-  Index max_entries = 10'000;   ///< larger inputs are sampled at an even stride
+  double step = 7.4e-4;        ///< eps^(1/5); multiplied by max(1, |x|)
+  Index max_entries = 10'000;  ///< larger inputs are sampled at an even stride
 };
 
 struct GradcheckResult {
   bool passed = true;
-  Index row = 0, col = 0;               ///< entry with the worst ratio error / tolerance
-  double analytic = 0, numeric = 0;     ///< its two derivatives
-  double worst = 0;                     ///< that ratio; <= 1 passes
+  Index row = 0, col = 0;            ///< entry with the worst ratio error / tolerance
+  double analytic = 0, numeric = 0;  ///< its two derivatives
+  double worst = 0;                  ///< that ratio; <= 1 passes
   std::string message() const {
-    return detail::join_text("entry (", row, ", ", col, "): analytic ", analytic, ", numeric ", numeric,
-                             ", error / tolerance ", worst);
+    return detail::join_text("entry (", row, ", ", col, "): analytic ", analytic, ", numeric ",
+                             numeric, ", error / tolerance ", worst);
   }
 };
 
@@ -43,7 +43,8 @@ template <class Loss>
 GradcheckResult gradcheck(Loss&& loss, Eigen::Ref<Matrix<double>, 0, Eigen::OuterStride<>> x,
                           const ConstMatrixRef<double>& gradient,
                           const GradcheckOptions& options = {}) {
-  detail::require_shape("gradient", gradient.rows(), gradient.cols(), x.rows(), x.cols(), "shape of x");
+  detail::require_shape("gradient", gradient.rows(), gradient.cols(), x.rows(), x.cols(),
+                        "shape of x");
   GradcheckResult result;
   const Index size = x.rows() * x.cols();
   const Index stride = std::max<Index>(1, size / std::max<Index>(1, options.max_entries));

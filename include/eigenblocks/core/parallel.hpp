@@ -29,8 +29,7 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 class TaskRef {
  public:
   template <class F>
-    requires(!std::same_as<std::remove_cvref_t<F>, TaskRef> &&
-             std::invocable<F&, Index, int>)
+    requires(!std::same_as<std::remove_cvref_t<F>, TaskRef> && std::invocable<F&, Index, int>)
   TaskRef(F&& f)  // NOLINT: implicit by design
       : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
         call_([](void* object, Index task, int worker) {
@@ -79,7 +78,8 @@ class ExecutorRef {
     requires(!std::same_as<E, ExecutorRef> && Executor<E>)
   ExecutorRef(const E& executor)  // NOLINT: implicit by design
       : object_(std::addressof(executor)),
-        workers_([](const void* object) -> int { return static_cast<const E*>(object)->workers(); }),
+        workers_(
+            [](const void* object) -> int { return static_cast<const E*>(object)->workers(); }),
         run_([](const void* object, Index tasks, TaskRef task) {
           static_cast<const E*>(object)->run(tasks, task);
         }) {}

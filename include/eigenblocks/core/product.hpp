@@ -1,12 +1,13 @@
-// Matrix products of row-major views: the three forms that forward and backward passes of linear maps need.
+// Matrix products of row-major views: the three forms that forward and backward passes of linear
+// maps need.
 //
 //   product_nn   c  = a b        or  c += a b          forward          y = x W
 //   product_nt   c  = a b^T      or  c += a b^T        input gradient   dx = dy W^T
 //   product_tn   c  = a^T b      or  c += a^T b        weight gradient  dW = x^T dy
 //
-// Eigen does the work (one thread, no temporaries; c must not overlap a or b).  They exist because a
-// product expression costs over a second to compile each time it is spelled: here every scalar has
-// one instantiation of each form, shared by all blocks.
+// Eigen does the work (one thread, no temporaries; c must not overlap a or b).  They exist because
+// a product expression costs over a second to compile each time it is spelled: here every scalar
+// has one instantiation of each form, shared by all blocks.
 #pragma once
 
 #include <eigenblocks/core/types.hpp>

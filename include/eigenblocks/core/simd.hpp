@@ -41,7 +41,9 @@ inline constexpr int kLanes = int(ei::unpacket_traits<Packet<S>>::size);
 template <class P>
 inline constexpr int kPacketSize = int(ei::unpacket_traits<P>::size);
 
-#define EIGENBLOCKS_SIMD template <class P> EIGENBLOCKS_ALWAYS_INLINE
+#define EIGENBLOCKS_SIMD \
+  template <class P>     \
+  EIGENBLOCKS_ALWAYS_INLINE
 
 EIGENBLOCKS_SIMD P load(const lane_t<P>* from) { return ei::ploadu<P>(from); }
 EIGENBLOCKS_SIMD void store(lane_t<P>* to, const P& p) { ei::pstoreu<lane_t<P>>(to, p); }
@@ -83,7 +85,8 @@ EIGENBLOCKS_SIMD P mask_or(const P& a, const P& b) { return ei::por(a, b); }
 /// mask ? a : b, lane by lane.
 EIGENBLOCKS_SIMD P select(const P& mask, const P& a, const P& b) {
   if constexpr (std::is_arithmetic_v<P>) {
-    return std::bit_cast<std::conditional_t<sizeof(P) == 4, std::uint32_t, std::uint64_t>>(mask) != 0
+    return std::bit_cast<std::conditional_t<sizeof(P) == 4, std::uint32_t, std::uint64_t>>(mask) !=
+                   0
                ? a
                : b;
   } else {
@@ -127,7 +130,8 @@ template <>
 struct Bits<float> {
   using Int = std::int32_t;
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float kRound =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
 };
 template <>
 struct Bits<double> {
@@ -143,8 +147,8 @@ EIGENBLOCKS_ALWAYS_INLINE P add_exponent(const P& p, const P& rounded) {
   using Int = typename B::Int;
   using Unsigned = std::make_unsigned_t<Int>;
   if constexpr (std::is_arithmetic_v<P>) {
-    return std::bit_cast<P>(static_cast<Unsigned>(std::bit_cast<Unsigned>(p) +
-                                                  (std::bit_cast<Unsigned>(rounded) << B::kMantissa)));
+    return std::bit_cast<P>(static_cast<Unsigned>(
+        std::bit_cast<Unsigned>(p) + (std::bit_cast<Unsigned>(rounded) << B::kMantissa)));
   } else {
     typedef Unsigned IntVector __attribute__((vector_size(sizeof(P))));
     return std::bit_cast<P>(std::bit_cast<IntVector>(p) +
@@ -156,7 +160,7 @@ EIGENBLOCKS_ALWAYS_INLINE P add_exponent(const P& p, const P& rounded) {
 template <class P>
 EIGENBLOCKS_ALWAYS_INLINE P exp2_fraction(const P& r) {
   if constexpr (std::is_same_v<lane_t<P>, float>) {
-    constexpr float c[] = {1.0f,           0.693147214968f,  0.240226527829f,   0.0555031055101f,
+    constexpr float c[] = {1.0f,           0.693147214968f,   0.240226527829f,   0.0555031055101f,
                            0.00961769297f, 0.00134066439024f, 0.000155946781613f};
     return horner(c, r);
   } else {
@@ -184,11 +188,11 @@ EIGENBLOCKS_ALWAYS_INLINE P exp_tail(const P& r) {
                            0.00139411136637f};
     return horner(c, r);
   } else {
-    constexpr double c[] = {0.50000000000000010212,   0.16666666666666674523,
-                            0.041666666666624157875,  0.0083333333333222152106,
-                            0.001388888891719838631,  0.00019841269886566398025,
+    constexpr double c[] = {0.50000000000000010212,    0.16666666666666674523,
+                            0.041666666666624157875,   0.0083333333333222152106,
+                            0.001388888891719838631,   0.00019841269886566398025,
                             0.00002480152132015615238, 2.7557242364849317814e-6,
-                            2.7620076799169896683e-7, 2.5110039179932520501e-8};
+                            2.7620076799169896683e-7,  2.5110039179932520501e-8};
     return horner(c, r);
   }
 }
@@ -238,8 +242,10 @@ EIGENBLOCKS_SIMD P exp(const P& x) {
   const P r = detail::reduce_log2(x, rounded, n);
   const P p = add(set1<P>(S(1)), fma(mul(r, r), detail::exp_tail(r), r));
   constexpr bool single = std::is_same_v<S, float>;
-  const P low = set1<P>(single ? S(-87.3365478515625) : S(-708.39641853226408));   // log of the smallest normal
-  const P high = set1<P>(single ? S(88.72283172607421875) : S(709.78271289338397));  // log of the largest
+  const P low = set1<P>(single ? S(-87.3365478515625)
+                               : S(-708.39641853226408));  // log of the smallest normal
+  const P high =
+      set1<P>(single ? S(88.72283172607421875) : S(709.78271289338397));  // log of the largest
   P y = detail::add_exponent(p, rounded);
   y = select(less(x, low), zero<P>(), y);
   y = select(less(high, x), set1<P>(std::numeric_limits<S>::infinity()), y);

@@ -32,15 +32,6 @@
 
 EIGENBLOCKS_NAMESPACE_BEGIN
 
-/// Follows the parameters of a lambda in a hot loop: g++ otherwise calls it once it has several call sites.
-#if !defined(EIGENBLOCKS_INLINE_LAMBDA)
-#if defined(__GNUC__) || defined(__clang__)
-#define EIGENBLOCKS_INLINE_LAMBDA __attribute__((always_inline))
-#else
-#define EIGENBLOCKS_INLINE_LAMBDA
-#endif
-#endif
-
 // How this header and nn/ walk over rows.  A loop body is a generic callable body(j, io): it handles the packet that begins
 // at column j and reads and writes through io, so that the columns left over at the end of a row take the same
 // packet code.

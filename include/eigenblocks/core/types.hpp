@@ -58,9 +58,9 @@ template <class M>
 concept EigenDense = std::derived_from<M, Eigen::DenseBase<M>>;
 
 template <class M>
-inline constexpr bool kRowMajorDirect =
-    (int(M::Flags) & int(Eigen::DirectAccessBit)) != 0 &&
-    (int(M::Flags) & int(Eigen::RowMajorBit)) != 0 && int(M::InnerStrideAtCompileTime) == 1;
+inline constexpr bool kRowMajorDirect = (int(M::Flags) & int(Eigen::DirectAccessBit)) != 0 &&
+                                        (int(M::Flags) & int(Eigen::RowMajorBit)) != 0 &&
+                                        int(M::InnerStrideAtCompileTime) == 1;
 
 template <class M>
 inline constexpr bool kOwnsStorage = std::derived_from<M, Eigen::PlainObjectBase<M>>;
@@ -89,7 +89,7 @@ using scalar_t = typename std::remove_cvref_t<M>::Scalar;
 
 template <class M>
 concept MatrixLike = detail::EigenDense<std::remove_cvref_t<M>> && StorageScalar<scalar_t<M>> &&
-                     detail::kRowMajorDirect<std::remove_cvref_t<M>>;
+    detail::kRowMajorDirect<std::remove_cvref_t<M>>;
 
 /// To be used with a forwarding reference (`O&& out`): lvalues, and views made on the spot such as `out.middleCols(0, 4)`.
 template <class M>

@@ -44,7 +44,7 @@ class ScratchBlock {
   std::byte* reserve(std::size_t bytes) {
     if (bytes > size_) {
       release();
-      data_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment}));
+      data_ = static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kAlignment}));
       size_ = bytes;
     }
     return data_;
@@ -57,7 +57,7 @@ class ScratchBlock {
     std::swap(size_, other.size_);
   }
   void release() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{kAlignment});
+    if (data_ != nullptr) ::operator delete (data_, std::align_val_t{kAlignment});
     data_ = nullptr;
     size_ = 0;
   }

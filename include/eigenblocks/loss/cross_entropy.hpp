@@ -1,29 +1,34 @@
 // Cross entropy of logits against class ids, with label smoothing and z-loss.
 //
 //   lse_t  = log sum_j e^(x_tj) = m + log S,   m = max_j x_tj,   S = sum_j e^(x_tj - m)
-//   loss_t = (1 - s) (lse_t - x_ty) + s (lse_t - mean_j x_tj) + z lse_t^2       for targets y != ignore_index
-//   loss   = sum of loss_t over those tokens, divided by their number for Reduction::mean
+//   loss_t = (1 - s) (lse_t - x_ty) + s (lse_t - mean_j x_tj) + z lse_t^2,   y the target of t
+//   loss   = sum of loss_t over the tokens whose target is not ignore_index;
+//            Reduction::mean divides by their number
 //   dx_tj  = gamma_t [(1 + 2 z lse_t) e^(x_tj - lse_t) - (1 - s) 1[j = y] - s/V]
 //   gamma_t = upstream / number (mean), upstream (sum), upstream_t (none); 0 at ignored tokens
 //
-// Shapes: logits and their gradient T x V, targets T, lse and losses T.  T = 0 is valid, V = 0 is not.
+// Shapes: logits and their gradient T x V, targets T, lse and losses T.  T = 0 is valid, V = 0 not.
 //
-//   auto saved = cross_entropy_forward(logits, targets, {.label_smoothing = 0.1});
-//   cross_entropy_backward(saved, logits, targets, 1.0, logits, {.label_smoothing = 0.1});   // in place
+//   auto saved = cross_entropy_forward(logits, targets);
 //   double perplexity = std::exp(saved.loss);
+//   cross_entropy_backward(saved, logits, targets, 1.0, logits);     // in place over the logits
 //
-// Numerics.  Sums run in the compute scalar over blocks of 2048 and in double across blocks and tokens; saved.lse
-// is double.  The loss is (m - x_y) + log S, never the log of a probability.  Logits of -inf (masked vocabulary) have
-// probability and gradient exactly 0; a masked target, or label smoothing over a masked class, gives +inf; a row of
-// nothing but -inf and a row that holds +inf or NaN give NaN.
+// Numerics.  Sums run in the compute scalar over blocks of 2048 and in double across blocks and
+// tokens; saved.lse is double.  The loss is (m - x_y) + log S, never the log of a probability.
+// Logits of -inf (masked vocabulary) have probability and gradient exactly 0; a masked target, or
+// label smoothing over a masked class, gives +inf; a row of nothing but -inf and a row that holds
+// +inf or NaN give NaN.
 // No valid token: Reduction::mean gives NaN like PyTorch, or 0 with empty_is_zero; gradients are 0.
 //
-// Storage scalars: float, double, and Eigen::half / bfloat16 (computed in float).  One pass over the logits forward,
-// one read and one write backward.  Rows are independent and reduced in order: every executor gives the same bits.
+// Storage scalars: float, double, and Eigen::half / bfloat16 (computed in float).  One pass over
+// the logits forward, one read and one write backward.  Rows are independent and reduced in order:
+// every executor gives the same bits.
 //
-// Errors: invalid_argument for shapes, V = 0, label_smoothing outside [0, 1], z_loss < 0, an upstream gradient that
-// does not fit the reduction; std::out_of_range for a target outside [0, V) that is not ignore_index.
-// Sources: torch.nn.functional.cross_entropy; label smoothing arXiv 1512.00567; z-loss PaLM arXiv 2204.02311 section 5.
+// Errors: invalid_argument for shapes, V = 0, label_smoothing outside [0, 1], z_loss < 0, an
+// upstream gradient that does not fit the reduction; std::out_of_range for a target outside [0, V)
+// that is not ignore_index.
+// Sources: torch.nn.functional.cross_entropy; label smoothing arXiv 1512.00567; z-loss PaLM, arXiv
+// 2204.02311 section 5.
 #pragma once
 
 #include <eigenblocks/core/error.hpp>
@@ -49,7 +54,8 @@ struct CrossEntropyOptions {
   bool empty_is_zero = false;  ///< mean over no token: 0 instead of NaN
 };
 
-/// What the forward pass leaves behind: the answer, and all the backward pass needs besides the logits.
+/// What the forward pass leaves behind: the answer, and all the backward pass needs besides the
+/// logits.
 struct CrossEntropySaved {
   double loss = 0;        ///< the mean, or the sum (for Reduction::none too)
   Index valid = 0;        ///< tokens that count
@@ -57,35 +63,36 @@ struct CrossEntropySaved {
   Vector<double> lse;     ///< of every token, ignored or not
 };
 
-/// The gradient that arrives at a loss: a number, or for Reduction::none a vector with one entry per token, which
-/// must live as long as the call.
+/// The gradient that arrives at a loss: a number, or for Reduction::none a vector with one entry
+/// per token, which must live as long as the call.
 template <RealScalar S>
 class LossUpstream {
  public:
   LossUpstream(double value) : value_(value) {}  // NOLINT: implicit by design
   template <class D>
-    requires std::same_as<typename D::Scalar, S> && (bool(D::IsVectorAtCompileTime)) &&
-                 (int(D::InnerStrideAtCompileTime) == 1)
-  LossUpstream(const Eigen::DenseBase<D>& per_token)  // NOLINT: implicit by design
-      : data_(per_token.derived().data()), size_(per_token.size()), per_token_(true) {}
+    requires std::same_as<typename D::Scalar, S> &&(bool(D::IsVectorAtCompileTime)) &&
+        (int(D::InnerStrideAtCompileTime) == 1)
+            LossUpstream(const Eigen::DenseBase<D>& per_token)  // NOLINT: implicit by design
+        : data_(per_token.derived().data()),
+    size_(per_token.size()), per_token_(true) {}
 
-  bool per_token() const { return per_token_; }
-  Index size() const { return size_; }
-  double operator[](Index token) const {
-    return per_token_ ? static_cast<double>(data_[token]) : value_;
-  }
+    bool per_token() const { return per_token_; }
+    Index size() const { return size_; }
+    double operator[](Index token) const {
+      return per_token_ ? static_cast<double>(data_[token]) : value_;
+    }
 
- private:
-  double value_ = 0;
-  const S* data_ = nullptr;
-  Index size_ = 0;
-  bool per_token_ = false;
+   private:
+    double value_ = 0;
+    const S* data_ = nullptr;
+    Index size_ = 0;
+    bool per_token_ = false;
 };
 
 namespace detail {
 
-/// Entries of a row handled together: 8 KB of float, read for the maximum and again from the first-level cache
-/// for the exponentials.
+/// Entries of a row handled together: 8 KB of float, read for the maximum and again from the
+/// first-level cache for the exponentials.
 inline constexpr Index kLossBlock = 2048;
 
 /// visit(first, numbers in the compute scalar, count) for each block of a row.
@@ -129,7 +136,8 @@ struct RunningLogSumExp {
   }
   double value() const { return static_cast<double>(max) + std::log(sum); }
 
-  /// loss of a token with target logit x_y, V classes and the sum of its logits (used with label smoothing only).
+  /// loss of a token with target logit x_y, V classes and the sum of its logits (used with label
+  /// smoothing only).
   double loss(double target_logit, double logit_sum, Index classes,
               const CrossEntropyOptions& options) const {
     const double s = options.label_smoothing, lse = value();
@@ -146,7 +154,7 @@ double row_sum(const C* x, Index n) {
   return static_cast<double>(sum_packets<C>(n, [x](Index j, auto io) { return io.load(x + j); }));
 }
 
-/// The coefficients of one token's gradient:  dx_j = exp_scale e^(x_j - shift) - offset - [j = y] at_target.
+/// One token's gradient:  dx_j = scale e^(x_j - lse) - offset, and at the target also - at_target.
 struct LossSlope {
   double lse, scale, offset, at_target;
 
@@ -156,7 +164,8 @@ struct LossSlope {
         offset(gamma * options.label_smoothing / static_cast<double>(classes)),
         at_target(gamma * (1 - options.label_smoothing)) {}
 
-  /// dx_j without the target's extra term, passed through chain(dx_j, x_j) (packets); in place allowed.
+  /// dx_j without the target's extra term, passed through chain(dx_j, x_j) (packets); in place
+  /// allowed.
   template <RealScalar C, class Chain>
   void row(const C* x, C* dx, Index n, Chain&& chain) const {
     using P = simd::Packet<C>;
@@ -185,8 +194,7 @@ inline Index check_cross_entropy(std::span<const Index> targets, Index tokens, I
                                  const CrossEntropyOptions& options) {
   require(options.label_smoothing >= 0 && options.label_smoothing <= 1,
           "cross_entropy: label_smoothing (", options.label_smoothing, ") must be in [0, 1]");
-  require(options.z_loss >= 0, "cross_entropy: z_loss (", options.z_loss,
-          ") must not be negative");
+  require(options.z_loss >= 0, "cross_entropy: z_loss (", options.z_loss, ") must not be negative");
   require(classes > 0, "cross_entropy: the number of classes (", classes, ") must be at least 1");
   require_size("cross_entropy: targets", static_cast<Index>(targets.size()), tokens,
                "one for each token");
@@ -285,8 +293,9 @@ double cross_entropy(const X& logits, std::span<const Index> targets,
   return cross_entropy_forward(logits, targets, options, executor).loss;
 }
 
-/// Overwrites `dlogits` (T x V; may be the memory of `logits`) with the gradient.  `saved` and `options` are those of
-/// the forward pass, `upstream` the gradient of the loss.  Errors: top of the file.
+/// Overwrites `dlogits` (T x V; may be the memory of `logits`) with the gradient.  `saved` and
+/// `options` are those of the forward pass, `upstream` the gradient of the loss.  Errors: top of
+/// the file.
 template <MatrixLike X, OutputMatrix D>
   requires SameScalar<X, D>
 void cross_entropy_backward(const CrossEntropySaved& saved, const X& logits,

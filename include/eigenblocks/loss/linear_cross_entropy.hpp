@@ -1,29 +1,35 @@
 // Cross entropy of a linear output layer without ever holding the T x V logits.
 //
-//   x = h W^T + b,   x <- softcap tanh(x / softcap) if softcap > 0 (Gemma 2: 30),   loss of loss/cross_entropy.hpp
+//   x = h W^T + b;   if softcap > 0 (Gemma 2: 30)  x <- softcap tanh(x / softcap)
+//   loss as in loss/cross_entropy.hpp
 //
-// Shapes: hidden h T x d, targets T, bias b V.  weight W is V x d, one row per class like an embedding table
-// (HeadLayout::class_rows), or d x V like any other weight, x = h W + b (HeadLayout::class_columns).
+// Shapes: hidden h T x d, targets T, bias b V.  The weight W is V x d, one row per class like an
+// embedding table (HeadLayout::class_rows), or d x V like any other weight, x = h W + b
+// (HeadLayout::class_columns).
 //
 //   auto saved = linear_cross_entropy_forward(h, embedding, targets);
 //   linear_cross_entropy_backward(saved, h, embedding, targets, 1.0, dh, d_embedding);
 //
-//   auto saved = linear_cross_entropy_fused(h, embedding, targets, dh, d_embedding);    // both in one go
+//   auto both = linear_cross_entropy_fused(h, embedding, targets, 1.0, dh, d_embedding);
 //
-// How.  forward: tiles of token_tile x vocab_tile logits, of which only the running log-sum-exp, the target's
-// logit and (with label smoothing) the sum stay.  backward: recomputes a tile, turns it into its gradient G in place, then
-// dh += G W and dW += G^T h: four products in all.  fused: holds token_tile x V logits at a time and needs no
-// recomputation, so three products, but the upstream gradient must be a number known beforehand (reductions mean and sum).
-// forward + backward is "Cut your losses" (arXiv 2411.09009) without its lossy filter, fused is Liger Kernel's (arXiv 2410.10989).
+// forward    takes tiles of token_tile x vocab_tile logits and keeps only the running log-sum-exp,
+//            the target's logit and (with label smoothing) the sum of each row.
+// backward   recomputes a tile, turns it into its gradient G in place, then dh += G W and
+//            dW += G^T h.  With forward that makes four products ("Cut your losses", arXiv
+//            2411.09009, without its lossy filter).
+// fused      holds token_tile x V logits at a time and recomputes nothing: three products.  The
+//            upstream gradient must be a number known beforehand, so Reduction::none is out
+//            (Liger Kernel, arXiv 2410.10989).
 //
-// Memory beyond the operands: forward about 256 x vocab_tile per worker, backward token_tile x vocab_tile, fused
-// token_tile x V; saved holds 2 T doubles.
+// Memory beyond the operands: forward 256 x vocab_tile per worker and 24 bytes per token of a
+// tile and vocabulary tile; backward token_tile x vocab_tile; fused token_tile x V; `saved` holds
+// 2 T doubles.
 //
-// Values equal cross_entropy on explicit logits to rounding, for every tile size.  Every product is cut into
-// blocks by shape and sums run in a fixed order: every executor gives the same bits.
+// Values equal cross_entropy on explicit logits to rounding, for every tile size.  Every product is
+// cut into blocks by shape and sums run in a fixed order: every executor gives the same bits.
 //
-// Errors: those of cross_entropy; invalid_argument for shapes, softcap < 0, token_tile < 0, vocab_tile < 1, and
-// for linear_cross_entropy_fused with Reduction::none.
+// Errors: those of cross_entropy; invalid_argument for shapes, softcap < 0, token_tile < 0,
+// vocab_tile < 1, and for linear_cross_entropy_fused with Reduction::none.
 #pragma once
 
 #include <eigenblocks/core/math.hpp>
@@ -39,14 +45,15 @@ struct LinearCrossEntropyOptions {
   CrossEntropyOptions loss{};
   double softcap = 0;  ///< 0 = off
   HeadLayout layout = HeadLayout::class_rows;
-  Index token_tile = 0;  ///< 0: 1024, in the fused form max(256, T d / V) (its logits are then as large as h)
+  Index token_tile =
+      0;  ///< 0: 1024, in the fused form max(256, T d / V) (its logits are then as large as h)
   Index vocab_tile = 1024;
 };
 
 namespace detail {
 
-/// Output blocks of one task.  At 256 Eigen's product runs at about 85 % of its best speed, at 64 at 60 %; with tiles
-/// of 1024 it leaves 16 tasks.
+/// Output blocks of one task.  At 256 Eigen's product runs at about 85 % of its best speed, at 64
+/// at 60 %; with tiles of 1024 it leaves 16 tasks.
 inline constexpr Index kHeadBlock = 256;
 
 inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
@@ -126,8 +133,8 @@ Index check_head(const ConstMatrixRef<S>& hidden, const ConstMatrixRef<S>& weigh
                  const LinearCrossEntropyOptions& options) {
   const bool rows = options.layout == HeadLayout::class_rows;
   const Index classes = rows ? weight.rows() : weight.cols(), dim = hidden.cols();
-  require_shape("linear_cross_entropy: weight", weight.rows(), weight.cols(),
-                rows ? classes : dim, rows ? dim : classes,
+  require_shape("linear_cross_entropy: weight", weight.rows(), weight.cols(), rows ? classes : dim,
+                rows ? dim : classes,
                 rows ? "classes x columns of hidden" : "columns of hidden x classes");
   if (bias != nullptr) {
     require_size("linear_cross_entropy: bias", bias->size(), classes, "one for each class");
@@ -148,7 +155,8 @@ struct LossPart {
   double sum = 0;
 };
 
-/// Losses of tokens [first, first + count) into `saved`.  The logits are left in `kept` (count x V) unless it is null.
+/// Losses of tokens [first, first + count) into `saved`.  The logits are left in `kept` (count x V)
+/// unless it is null.
 template <RealScalar S>
 void head_losses(const LinearHead<S>& head, Index first, Index count, S* kept,
                  CrossEntropySaved& saved, Workspace& workspace, ExecutorRef executor) {
@@ -190,10 +198,9 @@ void head_losses(const LinearHead<S>& head, Index first, Index count, S* kept,
     const bool ignored =
         head.targets[static_cast<std::size_t>(first + i)] == head.options.loss.ignore_index;
     saved.lse[first + i] = whole.lse.value();
-    saved.losses[first + i] =
-        ignored ? 0.0
-                : whole.lse.loss(target_logits[static_cast<std::size_t>(i)], whole.sum, classes,
-                                 head.options.loss);
+    saved.losses[first + i] = ignored ? 0.0
+                                      : whole.lse.loss(target_logits[static_cast<std::size_t>(i)],
+                                                       whole.sum, classes, head.options.loss);
   }
 }
 
@@ -205,8 +212,8 @@ struct HeadGradients {
   VectorRef<S>* bias;  ///< may be null
 };
 
-/// From the gradient G of the logits of tokens t.. and classes v..: dh += G W, dW += G^T h, db += column sums of G.
-/// The first tile that touches an output overwrites it.
+/// From the gradient G of the logits of tokens t.. and classes v..: dh += G W, dW += G^T h, db +=
+/// column sums of G.  The first tile that touches an output overwrites it.
 template <RealScalar S>
 void head_products(const LinearHead<S>& head, Index t, Index v, const ConstMatrixRef<S>& gradient,
                    const HeadGradients<S>& out, ExecutorRef executor) {
@@ -254,8 +261,9 @@ void for_tile_blocks(MatrixRef<S> tile, ExecutorRef executor, Work&& work) {
   const Index across = ceil_div(tile.cols(), kHeadBlock), down = ceil_div(tile.rows(), kHeadBlock);
   executor.run(across * down, [&](Index task, int) {
     const Index i = task % down * kHeadBlock, j = task / down * kHeadBlock;
-    work(i, j, MatrixRef<S>(tile.block(i, j, std::min(kHeadBlock, tile.rows() - i),
-                                       std::min(kHeadBlock, tile.cols() - j))));
+    work(i, j,
+         MatrixRef<S>(tile.block(i, j, std::min(kHeadBlock, tile.rows() - i),
+                                 std::min(kHeadBlock, tile.cols() - j))));
   });
 }
 
@@ -365,32 +373,32 @@ void head_fused(CrossEntropySaved& saved, const ConstMatrixRef<S>& hidden,
 
 /// Loss, per-token losses and log-sum-exps; formula, shapes and errors: top of the file.
 template <MatrixLike H, MatrixLike W>
-  requires SameScalar<H, W> && RealScalar<scalar_t<H>>
-CrossEntropySaved linear_cross_entropy_forward(const H& hidden, const W& weight,
-                                               std::span<const Index> targets,
-                                               const LinearCrossEntropyOptions& options = {},
-                                               ExecutorRef executor = {}) {
-  using S = scalar_t<H>;
-  CrossEntropySaved saved;
-  detail::head_forward<S>(saved, hidden, weight, nullptr, targets, options, executor);
-  return saved;
-}
+  requires SameScalar<H, W> && RealScalar<scalar_t<H>> CrossEntropySaved
+  linear_cross_entropy_forward(const H& hidden, const W& weight, std::span<const Index> targets,
+                               const LinearCrossEntropyOptions& options = {},
+                               ExecutorRef executor = {}) {
+    using S = scalar_t<H>;
+    CrossEntropySaved saved;
+    detail::head_forward<S>(saved, hidden, weight, nullptr, targets, options, executor);
+    return saved;
+  }
 
 /// The same with a bias of V entries.
 template <MatrixLike H, MatrixLike W>
-  requires SameScalar<H, W> && RealScalar<scalar_t<H>>
-CrossEntropySaved linear_cross_entropy_forward(
-    const H& hidden, const W& weight, const std::type_identity_t<ConstVectorRef<scalar_t<H>>>& bias,
-    std::span<const Index> targets, const LinearCrossEntropyOptions& options = {},
-    ExecutorRef executor = {}) {
-  using S = scalar_t<H>;
-  CrossEntropySaved saved;
-  detail::head_forward<S>(saved, hidden, weight, &bias, targets, options, executor);
-  return saved;
-}
+  requires SameScalar<H, W> && RealScalar<scalar_t<H>> CrossEntropySaved
+  linear_cross_entropy_forward(const H& hidden, const W& weight,
+                               const std::type_identity_t<ConstVectorRef<scalar_t<H>>>& bias,
+                               std::span<const Index> targets,
+                               const LinearCrossEntropyOptions& options = {},
+                               ExecutorRef executor = {}) {
+    using S = scalar_t<H>;
+    CrossEntropySaved saved;
+    detail::head_forward<S>(saved, hidden, weight, &bias, targets, options, executor);
+    return saved;
+  }
 
-/// Overwrites dhidden and dweight (shapes of hidden and weight, no overlap with them).  `saved` and `options` are those
-/// of the forward pass; tile sizes may differ.  Errors: top of the file.
+/// Overwrites dhidden and dweight (shapes of hidden and weight, no overlap with them).  `saved` and
+/// `options` are those of the forward pass; tile sizes may differ.  Errors: top of the file.
 template <MatrixLike H, MatrixLike W, OutputMatrix DH, OutputMatrix DW>
   requires SameScalar<H, W, DH, DW> && RealScalar<scalar_t<H>>
 void linear_cross_entropy_backward(const CrossEntropySaved& saved, const H& hidden, const W& weight,
@@ -407,49 +415,50 @@ void linear_cross_entropy_backward(const CrossEntropySaved& saved, const H& hidd
 /// The same with a bias; dbias (V) is overwritten too.
 template <MatrixLike H, MatrixLike W, OutputMatrix DH, OutputMatrix DW>
   requires SameScalar<H, W, DH, DW> && RealScalar<scalar_t<H>>
-void linear_cross_entropy_backward(
-    const CrossEntropySaved& saved, const H& hidden, const W& weight,
-    const std::type_identity_t<ConstVectorRef<scalar_t<H>>>& bias, std::span<const Index> targets,
-    const LossUpstream<scalar_t<H>>& upstream, DH&& dhidden, DW&& dweight,
-    std::type_identity_t<VectorRef<scalar_t<H>>> dbias,
-    const LinearCrossEntropyOptions& options = {}, ExecutorRef executor = {}) {
+void linear_cross_entropy_backward(const CrossEntropySaved& saved, const H& hidden, const W& weight,
+                                   const std::type_identity_t<ConstVectorRef<scalar_t<H>>>& bias,
+                                   std::span<const Index> targets,
+                                   const LossUpstream<scalar_t<H>>& upstream, DH&& dhidden,
+                                   DW&& dweight, std::type_identity_t<VectorRef<scalar_t<H>>> dbias,
+                                   const LinearCrossEntropyOptions& options = {},
+                                   ExecutorRef executor = {}) {
   using S = scalar_t<H>;
   MatrixRef<S> dh(dhidden), dw(dweight);
   detail::head_backward<S>(saved, hidden, weight, &bias, targets, upstream, {dh, dw, &dbias},
                            options, executor);
 }
 
-/// Loss and gradients (of `upstream` times the loss) in one go, three products instead of four; dhidden and dweight are
-/// overwritten.  Not for Reduction::none.  Errors: top of the file.
+/// Loss and gradients (of `upstream` times the loss) in one go, three products instead of four;
+/// dhidden and dweight are overwritten.  Not for Reduction::none.  Errors: top of the file.
 template <MatrixLike H, MatrixLike W, OutputMatrix DH, OutputMatrix DW>
-  requires SameScalar<H, W, DH, DW> && RealScalar<scalar_t<H>>
-CrossEntropySaved linear_cross_entropy_fused(const H& hidden, const W& weight,
-                                             std::span<const Index> targets, double upstream,
-                                             DH&& dhidden, DW&& dweight,
-                                             const LinearCrossEntropyOptions& options = {},
-                                             ExecutorRef executor = {}) {
-  using S = scalar_t<H>;
-  MatrixRef<S> dh(dhidden), dw(dweight);
-  CrossEntropySaved saved;
-  detail::head_fused<S>(saved, hidden, weight, nullptr, targets, upstream, {dh, dw, nullptr},
-                        options, executor);
-  return saved;
-}
+  requires SameScalar<H, W, DH, DW> && RealScalar<scalar_t<H>> CrossEntropySaved
+  linear_cross_entropy_fused(const H& hidden, const W& weight, std::span<const Index> targets,
+                             double upstream, DH&& dhidden, DW&& dweight,
+                             const LinearCrossEntropyOptions& options = {},
+                             ExecutorRef executor = {}) {
+    using S = scalar_t<H>;
+    MatrixRef<S> dh(dhidden), dw(dweight);
+    CrossEntropySaved saved;
+    detail::head_fused<S>(saved, hidden, weight, nullptr, targets, upstream, {dh, dw, nullptr},
+                          options, executor);
+    return saved;
+  }
 
 /// The same with a bias; dbias (V) is overwritten too.
 template <MatrixLike H, MatrixLike W, OutputMatrix DH, OutputMatrix DW>
-  requires SameScalar<H, W, DH, DW> && RealScalar<scalar_t<H>>
-CrossEntropySaved linear_cross_entropy_fused(
-    const H& hidden, const W& weight, const std::type_identity_t<ConstVectorRef<scalar_t<H>>>& bias,
-    std::span<const Index> targets, double upstream, DH&& dhidden, DW&& dweight,
-    std::type_identity_t<VectorRef<scalar_t<H>>> dbias,
-    const LinearCrossEntropyOptions& options = {}, ExecutorRef executor = {}) {
-  using S = scalar_t<H>;
-  MatrixRef<S> dh(dhidden), dw(dweight);
-  CrossEntropySaved saved;
-  detail::head_fused<S>(saved, hidden, weight, &bias, targets, upstream, {dh, dw, &dbias}, options,
-                        executor);
-  return saved;
-}
+  requires SameScalar<H, W, DH, DW> && RealScalar<scalar_t<H>> CrossEntropySaved
+  linear_cross_entropy_fused(const H& hidden, const W& weight,
+                             const std::type_identity_t<ConstVectorRef<scalar_t<H>>>& bias,
+                             std::span<const Index> targets, double upstream, DH&& dhidden,
+                             DW&& dweight, std::type_identity_t<VectorRef<scalar_t<H>>> dbias,
+                             const LinearCrossEntropyOptions& options = {},
+                             ExecutorRef executor = {}) {
+    using S = scalar_t<H>;
+    MatrixRef<S> dh(dhidden), dw(dweight);
+    CrossEntropySaved saved;
+    detail::head_fused<S>(saved, hidden, weight, &bias, targets, upstream, {dh, dw, &dbias},
+                          options, executor);
+    return saved;
+  }
 
 EIGENBLOCKS_NAMESPACE_END

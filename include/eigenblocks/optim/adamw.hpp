@@ -1,4 +1,5 @@
-// AdamW: Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), in the form of torch.optim.AdamW.
+// AdamW: Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), in the form of
+// torch.optim.AdamW.
 //
 //   w <- w (1 - lr weight_decay)
 //   m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
@@ -6,12 +7,12 @@
 //
 // eps stands outside the bias-corrected root.  weight_decay = 0 is Adam.
 //
-//   AdamWState<float> state;                                 // one per parameter, kept between steps
+//   AdamWState<float> state;                   // one per parameter, kept between steps
 //   adamw_step(weight, d_weight, state, {.lr = rate, .beta2 = 0.95, .weight_decay = 0.1});
 //
-// One pass over w, g, m, v (7 memory streams, the limit of this loop).  The first step allocates m and v, later
-// steps nothing.  The state is a regular value: copy, compare, save `m`, `v` and `step`; a run resumed from it gives
-// equal bits.
+// One pass over w, g, m, v (7 memory streams, the limit of this loop).  The first step allocates m
+// and v, later steps nothing.  The state is a regular value: copy, compare, save `m`, `v` and
+// `step`; a run resumed from it gives equal bits.
 #pragma once
 
 #include <eigenblocks/optim/tensor_ref.hpp>
@@ -19,11 +20,12 @@
 EIGENBLOCKS_NAMESPACE_BEGIN
 
 struct AdamWOptions {
-  double lr = 1e-3;            ///< >= 0
-  double beta1 = 0.9;          ///< in [0, 1)
-  double beta2 = 0.999;        ///< in [0, 1); language models: 0.95
-  double eps = 1e-8;           ///< >= 0
-  double weight_decay = 0.01;  ///< >= 0; language models: 0.1 on matrices, 0 on gains and embeddings
+  double lr = 1e-3;      ///< >= 0
+  double beta1 = 0.9;    ///< in [0, 1)
+  double beta2 = 0.999;  ///< in [0, 1); language models: 0.95
+  double eps = 1e-8;     ///< >= 0
+  double weight_decay =
+      0.01;  ///< >= 0; language models: 0.1 on matrices, 0 on gains and embeddings
 };
 
 template <RealScalar S>
@@ -38,8 +40,9 @@ struct AdamWState {
 
 namespace detail {
 
-// The square root of the hardware.  Eigen 3.4's psqrt is a refined estimate there: its last bits differ between
-// processors and it turns infinity into NaN.  (maskz: g++ 12 warns about its own _mm512_sqrt_ps.)
+// The square root of the hardware.  Eigen 3.4's psqrt is a refined estimate there: its last bits
+// differ between processors and it turns infinity into NaN.  (maskz: g++ 12 warns about its own
+// _mm512_sqrt_ps.)
 template <class P>
 EIGENBLOCKS_ALWAYS_INLINE P exact_sqrt(const P& x) {
   return simd::sqrt(x);
@@ -54,16 +57,20 @@ EIGENBLOCKS_ALWAYS_INLINE __m256 exact_sqrt(const __m256& x) { return _mm256_sqr
 EIGENBLOCKS_ALWAYS_INLINE __m256d exact_sqrt(const __m256d& x) { return _mm256_sqrt_pd(x); }
 #endif
 #if defined(__AVX512F__)
-EIGENBLOCKS_ALWAYS_INLINE __m512 exact_sqrt(const __m512& x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
-EIGENBLOCKS_ALWAYS_INLINE __m512d exact_sqrt(const __m512d& x) { return _mm512_maskz_sqrt_pd(0xff, x); }
+EIGENBLOCKS_ALWAYS_INLINE __m512 exact_sqrt(const __m512& x) {
+  return _mm512_maskz_sqrt_ps(0xffff, x);
+}
+EIGENBLOCKS_ALWAYS_INLINE __m512d exact_sqrt(const __m512d& x) {
+  return _mm512_maskz_sqrt_pd(0xff, x);
+}
 #endif
 #endif
 
 }  // namespace detail
 
-/// One step: updates `param` and `state` in place.  `grad` has the shape of `param` and must not overlap it.
-/// Errors: invalid_argument for a shape that differs between param, grad and a started state, and for options
-/// outside the ranges given at AdamWOptions.
+/// One step: updates `param` and `state` in place.  `grad` has the shape of `param` and must not
+/// overlap it.  Errors: invalid_argument for a shape that differs between param, grad and a started
+/// state, and for options outside the ranges given at AdamWOptions.
 template <RealScalar S>
 void adamw_step(std::type_identity_t<TensorRef<S>> param,
                 std::type_identity_t<TensorRef<const S>> grad, AdamWState<S>& state,
@@ -115,7 +122,8 @@ void adamw_step(std::type_identity_t<TensorRef<S>> param,
   executor.run(pieces.count(), [&](Index task, int) {
     pieces.visit(task, [&](Index row, Index col, Index n) {
       const Index at = row * cols + col;
-      detail::for_each_packet<S>(n, update, param.row(row) + col, grad.row(row) + col, m + at, v + at);
+      detail::for_each_packet<S>(n, update, param.row(row) + col, grad.row(row) + col, m + at,
+                                 v + at);
     });
   });
 }

@@ -1,13 +1,16 @@
-// Gradient clipping by the joint norm (Pascanu et al., arXiv 1211.5063; torch.nn.utils.clip_grad_norm_).
+// Gradient clipping by the joint norm (Pascanu et al., arXiv 1211.5063;
+// torch.nn.utils.clip_grad_norm_).
 //
 //   total = sqrt(sum over tensors |g|^2),   coef = min(1, max_norm / (total + 1e-6)),   g <- coef g
 //
-//   double norm = clip_grad_norm<float>(gradients, {.max_norm = 1.0});     // std::vector<TensorRef<float>>
-//   double norm = clip_grad_norm({.max_norm = 1.0}, d_weight, d_bias);     // any number of matrices and vectors
+//   std::vector<TensorRef<float>> gradients{d_embedding, d_gain, d_weight};
+//   double norm = clip_grad_norm<float>(gradients, {.max_norm = 1.0});
+//   double same = clip_grad_norm({.max_norm = 1.0}, d_embedding, d_gain, d_weight);
 //
-// The norm is summed in double and float squares cannot overflow or underflow.  If no clipping is needed nothing is
-// written.  An infinite norm makes coef 0 (finite entries become 0, infinite ones NaN), a NaN norm makes every gradient
-// NaN, as in PyTorch: test the returned norm with std::isfinite before the optimiser step.
+// The norm is summed in double and float squares cannot overflow or underflow.  If no clipping is
+// needed nothing is written.  An infinite norm makes coef 0 (finite entries become 0, infinite ones
+// NaN), a NaN norm makes every gradient NaN, as in PyTorch: test the returned norm with
+// std::isfinite before the optimiser step.
 #pragma once
 
 #include <eigenblocks/optim/tensor_ref.hpp>
@@ -61,8 +64,8 @@ void scale_tensor(const TensorRef<S>& tensor, S factor, ExecutorRef executor) {
 
 }  // namespace detail
 
-/// Scales every tensor in place so that the joint norm is at most max_norm; returns the norm before clipping.
-/// Errors: invalid_argument if max_norm is negative or NaN.
+/// Scales every tensor in place so that the joint norm is at most max_norm; returns the norm before
+/// clipping.  Errors: invalid_argument if max_norm is negative or NaN.
 template <RealScalar S>
 double clip_grad_norm(std::span<const TensorRef<S>> gradients, const ClipOptions& options = {},
                       ExecutorRef executor = {}) {
@@ -80,12 +83,12 @@ double clip_grad_norm(std::span<const TensorRef<S>> gradients, const ClipOptions
 /// The same for tensors given one by one, all of one scalar; serial.
 template <class First, class... Rest>
   requires detail::BindsToTensor<First, scalar_t<First>> &&
-           (detail::BindsToTensor<Rest, scalar_t<First>> && ...)
-double clip_grad_norm(const ClipOptions& options, First&& first, Rest&&... rest) {
-  using S = scalar_t<First>;
-  const std::array<TensorRef<S>, 1 + sizeof...(Rest)> list{TensorRef<S>(std::forward<First>(first)),
-                                                           TensorRef<S>(std::forward<Rest>(rest))...};
-  return clip_grad_norm<S>(list, options);
-}
+      (detail::BindsToTensor<Rest, scalar_t<First>>&&...) double clip_grad_norm(
+          const ClipOptions& options, First&& first, Rest&&... rest) {
+    using S = scalar_t<First>;
+    const std::array<TensorRef<S>, 1 + sizeof...(Rest)> list{
+        TensorRef<S>(std::forward<First>(first)), TensorRef<S>(std::forward<Rest>(rest))...};
+    return clip_grad_norm<S>(list, options);
+  }
 
-EIGENBLOCKS_NAMESPACE_END
+  EIGENBLOCKS_NAMESPACE_END

@@ -1,37 +1,44 @@
-// Muon: momentum, orthogonalised by a Newton-Schulz iteration, for the hidden matrices of a network.
+// Muon: momentum, orthogonalised by a Newton-Schulz iteration, for hidden matrices.
 //
 //   buf <- mu buf + (1 - mu) G
 //   U    = nesterov ? (1 - mu) G + mu buf : buf
 //   W   <- (1 - lr weight_decay) W - lr scale newton_schulz(U)
 //
-//   newton_schulz(M):  X = M / max(|M|_F, eps);   `steps` times  X <- a X + (b A + c A^2) X,  A = X X^T
+//   newton_schulz(M):   X = M / max(|M|_F, eps)
+//                       `steps` times  X <- a X + (b A + c A^2) X,   A = X X^T
 //
-//   MuonState<float> state;                                  // one per matrix, kept between steps
+//   MuonState<float> state;                    // one per matrix, kept between steps
 //   muon_step(weight, d_weight, state, {.lr = 0.02, .weight_decay = 0.1});
 //
-// The iteration acts on every singular value as p(s) = a s + b s^3 + c s^5 and leaves the singular vectors alone.
-// The default triple (3.4445, -4.7750, 2.0315) brings them near 1 quickly (five steps: 0.68 .. 1.14 from 0.01 on)
-// but does not converge to 1; (15/8, -10/8, 3/8) and (2, -1.5, 0.5) do, slowly.  A `schedule` gives every step its own
-// triple, which is what Polar Express (arXiv 2505.16932) needs.
+// The iteration acts on every singular value as p(s) = a s + b s^3 + c s^5 and leaves the singular
+// vectors alone.  The default triple (3.4445, -4.7750, 2.0315) brings them near 1 quickly (five
+// steps: 0.68 .. 1.14 from 0.01 on) but does not converge to 1; (15/8, -10/8, 3/8) and
+// (2, -1.5, 0.5) do, slowly.  A `schedule` gives every step its own triple, which is what Polar
+// Express (arXiv 2505.16932) needs.
 //
-// With fan_in x fan_out weights (MuonLayout::in_out, this library's) or fan_out x fan_in (out_in, PyTorch's), scale is
-//   original              sqrt(max(1, fan_out / fan_in))          K. Jordan, torch.optim.Muon; lr 0.02
-//   match_rms_adamw       0.2 sqrt(max(fan_in, fan_out))          Moonlight, arXiv 2502.16982: takes AdamW's lr and decay
-//   spectral_unclamped    sqrt(fan_out / fan_in)                  Bernstein, muP
-//   naive                 1
-// `heads` > 1 cuts fan_out into that many equal blocks, each orthogonalised and scaled as a matrix of its own.
+// Weights are fan_in x fan_out (MuonLayout::in_out, this library's) or fan_out x fan_in (out_in,
+// PyTorch's).  The scale:
+//   original             sqrt(max(1, fan_out / fan_in))      K. Jordan, torch.optim.Muon; lr 0.02
+//   match_rms_adamw      0.2 sqrt(max(fan_in, fan_out))      Moonlight, arXiv 2502.16982: takes
+//                                                            AdamW's lr and weight decay unchanged
+//   spectral_unclamped   sqrt(fan_out / fan_in)              Bernstein, muP
+//   naive                1
+// `heads` > 1 cuts fan_out into that many equal blocks, each a matrix of its own.
 //
-// Use it for hidden matrices (Wq, Wk, Wv apart, Wo, feed-forward); AdamW for embeddings, output head, gains, biases.
+// Use it for hidden matrices (Wq, Wk, Wv apart, Wo, feed-forward); AdamW for embeddings, output
+// head, gains, biases.
 //
-// Cost: with k = min, n = max of the two sizes, a step of the iteration is k^2 n (A) + k^3 (A^2) + 2 k^2 n flop: the
-// symmetric products compute half of their blocks, on the smaller side, without a transposed copy.
-// Memory: the momentum, and scratch of 2 k n + 2 k^2 per block, made at the first step and kept in the state; later steps
-// allocate nothing but what Eigen's products may need to pack operands.  Copies and comparisons of a state concern the
-// momentum; a run resumed from it gives equal bits, and so does every executor.
+// Cost: with k = min, n = max of the two sizes, one step of the iteration is k^2 n (A), k^3 (A^2)
+// and 2 k^2 n flop: of symmetric products only half of the blocks are computed, always on the
+// smaller side, without a transposed copy.
+// Memory: the momentum, and scratch of 2 k n + 2 k^2 numbers, made at the first step and kept in
+// the state; later steps allocate nothing but what Eigen's products may need to pack operands.
+// Copies and comparisons of a state concern the momentum alone.  A run resumed from it gives equal
+// bits, and so does every executor.
 //
-// Zero gradients give zero updates; a non-finite M gives NaN.
-// Sources: K. Jordan, "Muon: an optimizer for hidden layers" (2024); kexue.fm 10592, 10739, 11416; torch.optim.Muon,
-// which computes in bfloat16 where this code stays in S.
+// A zero gradient gives a zero update; a non-finite M gives NaN.
+// Sources: K. Jordan, "Muon: an optimizer for hidden layers" (2024); kexue.fm 10592, 10739, 11416;
+// torch.optim.Muon, which computes in bfloat16 where this code stays in S.
 #pragma once
 
 #include <eigenblocks/core/product.hpp>
@@ -52,7 +59,8 @@ struct NewtonSchulzCoefficients {
 struct NewtonSchulzOptions {
   Index steps = 5;  ///< 0 .. 99
   NewtonSchulzCoefficients coefficients{};
-  /// If not empty: the coefficients of step 1, 2, ... in place of `coefficients`, the last for all further steps.
+  /// If not empty: the coefficients of step 1, 2, ... in place of `coefficients`, the last for all
+  /// further steps.
   std::span<const NewtonSchulzCoefficients> schedule{};
   double eps = 1e-7;  ///< smallest norm divided by; > 0
 };
@@ -61,13 +69,13 @@ enum class MuonAdjust { original, match_rms_adamw, spectral_unclamped, naive };
 enum class MuonLayout { in_out, out_in };
 
 struct MuonOptions {
-  double lr = 1e-3;            ///< >= 0
-  double momentum = 0.95;      ///< mu >= 0
+  double lr = 1e-3;        ///< >= 0
+  double momentum = 0.95;  ///< mu >= 0
   bool nesterov = true;
-  double weight_decay = 0.1;   ///< >= 0; multiplied by lr, not by the scale
+  double weight_decay = 0.1;  ///< >= 0; multiplied by lr, not by the scale
   MuonAdjust adjust = MuonAdjust::original;
   MuonLayout layout = MuonLayout::in_out;
-  Index heads = 1;             ///< divides fan_out
+  Index heads = 1;  ///< divides fan_out
   NewtonSchulzOptions newton_schulz{};
 };
 
@@ -112,8 +120,7 @@ struct NewtonSchulzScratch {
 
   NewtonSchulzScratch(Workspace& workspace, Index rows, Index cols) {
     const Index size = rows * cols, side = std::min(rows, cols);
-    Arena arena =
-        workspace.shared(2 * padded_bytes<S>(size) + 2 * padded_bytes<S>(side * side));
+    Arena arena = workspace.shared(2 * padded_bytes<S>(size) + 2 * padded_bytes<S>(side * side));
     x = arena.take<S>(size);
     next = arena.take<S>(size);
     gram = arena.take<S>(side * side);
@@ -121,8 +128,9 @@ struct NewtonSchulzScratch {
   }
 };
 
-/// block(i, j, rows, cols) for the blocks on and below the diagonal of a symmetric side x side matrix.  Measured: blocks
-/// of 64 are best up to 512, 128 beyond; both reach 1.5 times the rate of the full product at 1024.
+/// block(i, j, rows, cols) for the blocks on and below the diagonal of a symmetric side x side
+/// matrix.  Measured: blocks of 64 are best up to 512, 128 beyond; both reach 1.5 times the rate of
+/// the full product at 1024.
 template <class F>
 void for_lower_blocks(Index side, ExecutorRef executor, F&& block) {
   const Index size = side <= 512 ? 64 : 128, count = (side + size - 1) / size;
@@ -148,7 +156,8 @@ void blocked_product(const ConstMatrixRef<S>& a, const ConstMatrixRef<S>& b, Mat
   });
 }
 
-/// Normalises and iterates scratch.x (rows x cols, contiguous); returns where the result is (scratch.x or .next).
+/// Normalises and iterates scratch.x (rows x cols, contiguous); returns where the result is
+/// (scratch.x or .next).
 template <RealScalar S>
 S* newton_schulz_in_scratch(NewtonSchulzScratch<S> scratch, Index rows, Index cols,
                             const NewtonSchulzOptions& options, ExecutorRef executor) {
@@ -200,8 +209,9 @@ S* newton_schulz_in_scratch(NewtonSchulzScratch<S> scratch, Index rows, Index co
 
 }  // namespace detail
 
-/// out = `steps` iterations on g (m x n, any shape; out has the same and may be g).  `workspace` keeps the scratch
-/// for further calls.  Errors: invalid_argument for shapes, steps outside [0, 100), eps <= 0.
+/// out = `steps` iterations on g (m x n, any shape; out has the same and may be g).  `workspace`
+/// keeps the scratch for further calls.  Errors: invalid_argument for shapes, steps outside [0,
+/// 100), eps <= 0.
 template <MatrixLike G, OutputMatrix O>
   requires SameScalar<G, O> && RealScalar<scalar_t<G>>
 void newton_schulz(const G& g, O&& out, const NewtonSchulzOptions& options, Workspace& workspace,
@@ -213,26 +223,26 @@ void newton_schulz(const G& g, O&& out, const NewtonSchulzOptions& options, Work
   if (rows == 0 || cols == 0) return;
   const detail::NewtonSchulzScratch<S> scratch(workspace, rows, cols);
   Eigen::Map<Matrix<S>>(scratch.x, rows, cols) = ConstMatrixRef<S>(g);
-  const S* const result =
-      detail::newton_schulz_in_scratch(scratch, rows, cols, options, executor);
+  const S* const result = detail::newton_schulz_in_scratch(scratch, rows, cols, options, executor);
   MatrixRef<S> target(out);
   target = Eigen::Map<const Matrix<S>>(result, rows, cols);
 }
 
 /// The same by value.
 template <MatrixLike G>
-  requires RealScalar<scalar_t<G>>
-Matrix<scalar_t<G>> newton_schulz(const G& g, const NewtonSchulzOptions& options = {},
-                                  ExecutorRef executor = {}) {
-  Matrix<scalar_t<G>> out(g.rows(), g.cols());
-  Workspace workspace;
-  newton_schulz(g, out, options, workspace, executor);
-  return out;
-}
+  requires RealScalar<scalar_t<G>> Matrix<scalar_t<G>> newton_schulz(
+      const G& g, const NewtonSchulzOptions& options = {}, ExecutorRef executor = {}) {
+    Matrix<scalar_t<G>> out(g.rows(), g.cols());
+    Workspace workspace;
+    newton_schulz(g, out, options, workspace, executor);
+    return out;
+  }
 
-/// One step: updates `weight` and `state` in place.  `grad` has the shape of `weight` and must not overlap it.
-/// Errors: invalid_argument for a shape that differs between weight, grad and a started state, for lr, momentum or
-/// weight_decay negative, for heads that do not divide fan_out, and those of newton_schulz.
+/// One step: updates `weight` and `state` in place.  `grad` has the shape of `weight` and must not
+/// overlap it.
+/// Errors: invalid_argument for a shape that differs between weight, grad and a started state, for
+/// lr, momentum or weight_decay negative, for heads that do not divide fan_out, and those of
+/// newton_schulz.
 template <OutputMatrix W, MatrixLike G>
   requires SameScalar<W, G> && RealScalar<scalar_t<W>>
 void muon_step(W&& weight, const G& grad, MuonState<scalar_t<W>>& state,
@@ -251,8 +261,8 @@ void muon_step(W&& weight, const G& grad, MuonState<scalar_t<W>>& state,
   detail::require(options.heads >= 1 && fan_out % options.heads == 0, "muon_step: heads (",
                   options.heads, ") must divide fan_out (", fan_out, ")");
   if (state.momentum.size() > 0) {
-    detail::require_shape("muon_step: state.momentum", state.momentum.rows(),
-                          state.momentum.cols(), rows, cols, "shape of weight");
+    detail::require_shape("muon_step: state.momentum", state.momentum.rows(), state.momentum.cols(),
+                          rows, cols, "shape of weight");
   } else {
     state.momentum.setZero(rows, cols);
   }
@@ -273,7 +283,8 @@ void muon_step(W&& weight, const G& grad, MuonState<scalar_t<W>>& state,
   const P keep = constant(1.0 - options.lr * options.weight_decay);
   const P rate = constant(options.lr * muon_scale(fan_in, block_out, options.adjust));
   const auto apply = [&](S* w, const S* o) {
-    simd::store<P>(w, simd::sub(simd::mul(keep, simd::load<P>(w)), simd::mul(rate, simd::load<P>(o))));
+    simd::store<P>(w,
+                   simd::sub(simd::mul(keep, simd::load<P>(w)), simd::mul(rate, simd::load<P>(o))));
   };
 
   MatrixRef<S> w(weight);
@@ -292,8 +303,8 @@ void muon_step(W&& weight, const G& grad, MuonState<scalar_t<W>>& state,
                                    scratch.x + row * block_cols + col);
       });
     });
-    const S* const update = detail::newton_schulz_in_scratch(
-        scratch, block_rows, block_cols, options.newton_schulz, executor);
+    const S* const update = detail::newton_schulz_in_scratch(scratch, block_rows, block_cols,
+                                                             options.newton_schulz, executor);
     executor.run(pieces.count(), [&](Index task, int) {
       pieces.visit(task, [&](Index row, Index col, Index n) {
         detail::for_each_packet<S>(n, apply, w_data + (top + row) * w_stride + left + col,

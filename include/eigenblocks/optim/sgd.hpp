@@ -1,15 +1,16 @@
 // Stochastic gradient descent with momentum (torch.optim.SGD).
 //
-//   d   = g + weight_decay w                                 decay is coupled: it enters the momentum
-//   buf = d at the first step, afterwards momentum buf + (1 - dampening) d
-//   d   = nesterov ? d + momentum buf : buf                  with momentum = 0: d itself, no buffer
+//   d   = g + weight_decay w                             coupled: decay enters the momentum
+//   buf = momentum buf + (1 - dampening) d               at the first step: buf = d
+//   d   = nesterov ? d + momentum buf : buf              with momentum = 0: d itself, no buffer
 //   w  <- w - lr d
 //
-//   SgdState<float> state;                                   // one per parameter, kept between steps
+//   SgdState<float> state;                     // one per parameter, kept between steps
 //   sgd_step(weight, d_weight, state, {.lr = 0.1, .momentum = 0.9});
 //
-// One pass over w, g and buf.  The first step allocates the buffer, later steps nothing.  The state is a regular
-// value: copy, compare, save `buffer`; a run resumed from it gives equal bits.
+// One pass over w, g and buf.  The first step allocates the buffer, later steps nothing.  The state
+// is a regular value: copy, compare, save `buffer` and `started`; a run resumed from it gives equal
+// bits.
 #pragma once
 
 #include <eigenblocks/optim/tensor_ref.hpp>
@@ -34,9 +35,10 @@ struct SgdState {
   }
 };
 
-/// One step: updates `param` and `state` in place.  `grad` has the shape of `param` and must not overlap it.
-/// Errors: invalid_argument for a shape that differs between param, grad and a started state, for lr, momentum or
-/// weight_decay negative, and for nesterov without momentum or with dampening.
+/// One step: updates `param` and `state` in place.  `grad` has the shape of `param` and must not
+/// overlap it.  Errors: invalid_argument for a shape that differs between param, grad and a started
+/// state, for lr, momentum or weight_decay negative, and for nesterov without momentum or with
+/// dampening.
 template <RealScalar S>
 void sgd_step(std::type_identity_t<TensorRef<S>> param,
               std::type_identity_t<TensorRef<const S>> grad, SgdState<S>& state,
@@ -47,8 +49,8 @@ void sgd_step(std::type_identity_t<TensorRef<S>> param,
   detail::require(options.weight_decay >= 0, "sgd_step: weight_decay (", options.weight_decay,
                   ") must not be negative");
   detail::require(!options.nesterov || (options.momentum > 0 && options.dampening == 0),
-                  "sgd_step: nesterov needs momentum (", options.momentum,
-                  ") > 0 and dampening (", options.dampening, ") = 0");
+                  "sgd_step: nesterov needs momentum (", options.momentum, ") > 0 and dampening (",
+                  options.dampening, ") = 0");
   const Index rows = param.rows(), cols = param.cols();
   detail::require_shape("sgd_step: grad", grad.rows(), grad.cols(), rows, cols, "shape of param");
   if (state.started) {

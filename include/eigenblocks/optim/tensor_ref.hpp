@@ -4,15 +4,16 @@
 //
 // Binds without a copy to everything an optimiser may be asked to update: row-major matrices, head
 // blocks and row ranges of them, Eigen::Map, and vectors of either orientation (seen as 1 x n).
-// Column-major matrices, expressions and temporaries that own their storage do not compile.  Being a
-// small regular value it also goes into lists, which is how many tensors are handed over at once:
+// Column-major matrices, expressions and temporaries that own their storage do not compile.  Being
+// a small regular value it also goes into lists, which is how many tensors are handed over at once:
 //
 //   std::vector<TensorRef<float>> gradients{d_embedding, d_gain, d_weight};
 //   double norm = clip_grad_norm<float>(gradients, {.max_norm = 1.0});
 //
-// The element-wise optimisers and the norms below run on whole packets from the first element to the
-// last (the tail is padded), so what happens to an element depends neither on where it stands nor on
-// how the memory is aligned, split or strided: bitwise the same for every executor and after a resume.
+// The element-wise optimisers and the norms below run on whole packets from the first element to
+// the last (the tail is padded), so what happens to an element depends neither on where it stands
+// nor on how the memory is aligned, split or strided: bitwise the same for every executor and after
+// a resume.
 #pragma once
 
 #include <eigenblocks/core/error.hpp>
@@ -33,22 +34,22 @@ namespace detail {
 
 /// An Eigen object, derived classes such as VectorBlock included.
 template <class M>
-concept DerivesFromDense =
-    requires(const M& m) { []<class D>(const Eigen::DenseBase<D>&) {}(m); };
+concept DerivesFromDense = requires(const M& m) {
+  []<class D>(const Eigen::DenseBase<D>&) {}(m);
+};
 
 template <class M>
-concept TensorShaped =
-    DerivesFromDense<M> && (int(M::Flags) & int(Eigen::DirectAccessBit)) != 0 &&
-    int(M::InnerStrideAtCompileTime) == 1 && (kRowMajorDirect<M> || bool(M::IsVectorAtCompileTime));
+concept TensorShaped = DerivesFromDense<M> &&(int(M::Flags) & int(Eigen::DirectAccessBit)) != 0 &&
+                       int(M::InnerStrideAtCompileTime) == 1 &&
+                       (kRowMajorDirect<M> || bool(M::IsVectorAtCompileTime));
 
 /// M (a deduced forwarding reference) may be seen as TensorRef<S>.
 template <class M, class S>
 concept BindsToTensor =
     TensorShaped<std::remove_cvref_t<M>> &&
     std::same_as<typename std::remove_cvref_t<M>::Scalar, std::remove_const_t<S>> &&
-    (std::is_const_v<S> ||
-     (!std::is_const_v<std::remove_reference_t<M>> &&
-      (int(std::remove_cvref_t<M>::Flags) & int(Eigen::LvalueBit)) != 0)) &&
+    (std::is_const_v<S> || (!std::is_const_v<std::remove_reference_t<M>> &&
+                            (int(std::remove_cvref_t<M>::Flags) & int(Eigen::LvalueBit)) != 0)) &&
     (std::is_lvalue_reference_v<M> || !kOwnsStorage<std::remove_cvref_t<M>>);
 
 }  // namespace detail
@@ -62,34 +63,33 @@ class TensorRef {
       : data_(data), rows_(rows), cols_(cols), stride_(stride) {}
 
   template <class M>
-    requires detail::BindsToTensor<M, S>
-  TensorRef(M&& m)  // NOLINT: implicit by design
-      : data_(m.data()), rows_(m.rows()), cols_(m.cols()), stride_(m.cols()) {
-    if constexpr (bool(std::remove_cvref_t<M>::IsVectorAtCompileTime)) {
-      rows_ = 1;
-      cols_ = stride_ = m.size();
-    } else {
-      stride_ = m.outerStride();
+    requires detail::BindsToTensor<M, S> TensorRef(M&& m)  // NOLINT: implicit by design
+        : data_(m.data()), rows_(m.rows()), cols_(m.cols()), stride_(m.cols()) {
+      if constexpr (bool(std::remove_cvref_t<M>::IsVectorAtCompileTime)) {
+        rows_ = 1;
+        cols_ = stride_ = m.size();
+      } else {
+        stride_ = m.outerStride();
+      }
     }
-  }
 
-  /// A writable view reads as well.
-  template <class T>
-    requires std::is_const_v<S> && std::same_as<T, std::remove_const_t<S>>
-  TensorRef(const TensorRef<T>& other)  // NOLINT: implicit by design
-      : TensorRef(other.data(), other.rows(), other.cols(), other.stride()) {}
+    /// A writable view reads as well.
+    template <class T>
+      requires std::is_const_v<S> && std::same_as<T, std::remove_const_t<S>> TensorRef(
+          const TensorRef<T>& other)  // NOLINT: implicit by design
+          : TensorRef(other.data(), other.rows(), other.cols(), other.stride()) {}
 
-  S* data() const { return data_; }
-  S* row(Index i) const { return data_ + i * stride_; }
-  Index rows() const { return rows_; }
-  Index cols() const { return cols_; }
-  Index stride() const { return stride_; }
-  Index size() const { return rows_ * cols_; }
-  bool contiguous() const { return stride_ == cols_ || rows_ <= 1; }
+      S* data() const { return data_; }
+      S* row(Index i) const { return data_ + i * stride_; }
+      Index rows() const { return rows_; }
+      Index cols() const { return cols_; }
+      Index stride() const { return stride_; }
+      Index size() const { return rows_ * cols_; }
+      bool contiguous() const { return stride_ == cols_ || rows_ <= 1; }
 
- private:
-  S* data_;
-  Index rows_, cols_, stride_;
+     private:
+      S* data_;
+      Index rows_, cols_, stride_;
 };
 
 namespace detail {
@@ -100,12 +100,13 @@ bool same_matrix(const Matrix<S>& a, const Matrix<S>& b) {
   return a.rows() == b.rows() && a.cols() == b.cols() && a == b;
 }
 
-/// Numbers handled by one task.  32768 floats of the four arrays of AdamW are 512 KB: long enough to
-/// make handing out a task (about a microsecond) invisible, short enough to spread a layer's weights.
+/// Numbers handled by one task.  32768 floats of the four arrays of AdamW are 512 KB: long enough
+/// to make handing out a task (about a microsecond) invisible, short enough to spread a layer's
+/// weights.
 inline constexpr Index kPiece = 32768;
 
-/// The pieces that cover a rows x cols tensor, the same for every executor.  With `flat` the tensor is
-/// one run of memory and is cut without regard to rows.
+/// The pieces that cover a rows x cols tensor, the same for every executor.  With `flat` the tensor
+/// is one run of memory and is cut without regard to rows.
 class Pieces {
  public:
   Pieces(Index rows, Index cols, bool flat)
@@ -148,8 +149,9 @@ void store_tail(const S* padded, Index n, S* to) {
 template <RealScalar S>
 void store_tail(const S*, Index, const S*) {}  // an input
 
-/// f(pointers + i...) for every packet of n numbers; each pointer is S* (read and written) or const S*.
-/// The tail goes through padded copies, so f always sees whole packets and rounds every element alike.
+/// f(pointers + i...) for every packet of n numbers; each pointer is S* (read and written) or const
+/// S*.  The tail goes through padded copies, so f always sees whole packets and rounds every
+/// element alike.
 template <RealScalar S, class F, class... T>
 EIGENBLOCKS_ALWAYS_INLINE void for_each_packet(Index n, const F& f, T*... at) {
   constexpr Index w = simd::kLanes<S>;
@@ -159,9 +161,8 @@ EIGENBLOCKS_ALWAYS_INLINE void for_each_packet(Index n, const F& f, T*... at) {
   S tail[sizeof...(T)][simd::kLanes<S>];
   int k = 0;
   (load_tail<S>(at + i, n - i, tail[k++]), ...);
-  [&]<std::size_t... K>(std::index_sequence<K...>) {
-    f(static_cast<T*>(tail[K])...);
-  }(std::index_sequence_for<T...>{});
+  [&]<std::size_t... K>(std::index_sequence<K...>) { f(static_cast<T*>(tail[K])...); }
+  (std::index_sequence_for<T...>{});
   k = 0;
   (store_tail<S>(tail[k++], n - i, at + i), ...);
 }
@@ -189,8 +190,8 @@ S scaled_square_sum(const S* x, Index n, S scale) {
   return simd::sum(simd::add(simd::add(sums[0], sums[1]), simd::add(sums[2], sums[3])));
 }
 
-/// Sum of x[i]^2 in double: blocks of 512 are summed in S.  A float block whose squares leave the range of
-/// float (|x| beyond 1e17 or all below 1e-17) is summed again, scaled by a power of two.
+/// Sum of x[i]^2 in double: blocks of 512 are summed in S.  A float block whose squares leave the
+/// range of float (|x| beyond 1e17 or all below 1e-17) is summed again, scaled by a power of two.
 template <RealScalar S>
 double square_sum(const S* x, Index n) {
   constexpr Index block = 512;

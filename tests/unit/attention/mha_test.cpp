@@ -26,7 +26,9 @@ eb::MhaWeights<double> random_weights(const eb::MhaOptions& o, std::uint64_t see
   w.w_k = eb::normal_matrix<double>(random, kWidth, kv, 0.4);
   w.w_v = eb::normal_matrix<double>(random, kWidth, kv, 0.4);
   w.w_o = eb::normal_matrix<double>(random, q, kWidth, 0.4);
-  const auto vector = [&](Index n) { return Vector<double>(eb::normal_matrix<double>(random, n, 1)); };
+  const auto vector = [&](Index n) {
+    return Vector<double>(eb::normal_matrix<double>(random, n, 1));
+  };
   w.b_q = vector(q);
   w.b_k = vector(kv);
   w.b_v = vector(kv);
@@ -45,8 +47,8 @@ Matrix<double> random_rows(Index rows, std::uint64_t seed) {
   return eb::normal_matrix<double>(random, rows, kWidth);
 }
 
-Matrix<double> forward(const eb::Mha<double>& layer, const eb::MhaWeights<double>& w, const Matrix<double>& x,
-                       const eb::MhaBatch& batch = {}) {
+Matrix<double> forward(const eb::Mha<double>& layer, const eb::MhaWeights<double>& w,
+                       const Matrix<double>& x, const eb::MhaBatch& batch = {}) {
   Matrix<double> y(x.rows(), x.cols());
   eb::MhaSaved<double> saved;
   eb::mha_forward(layer, w, x, y, saved, batch);
@@ -92,7 +94,9 @@ TEST_CASE("mha: every gradient equals central differences") {
     eb::MhaWeights<double> g;
     eb::mha_forward(layer, w, x, y, saved, batch);
     eb::mha_backward(layer, w, saved, x, upstream, dx, g, batch);
-    const auto loss = [&] { return (forward(layer, w, x, batch).array() * upstream.array()).sum(); };
+    const auto loss = [&] {
+      return (forward(layer, w, x, batch).array() * upstream.array()).sum();
+    };
     const auto check = [&](const char* name, auto& parameter, const auto& gradient) {
       Eigen::Map<Matrix<double>> p(parameter.data(), parameter.rows(), parameter.cols());
       const Eigen::Map<const Matrix<double>> d(gradient.data(), gradient.rows(), gradient.cols());
@@ -151,7 +155,8 @@ TEST_CASE("mha: a snapshot and a rollback continue as if nothing had happened") 
 }
 
 TEST_CASE("mha: packed sequences are separate ones") {
-  const eb::MhaOptions options{.heads = 4, .kv_heads = 2, .head_dim = 6, .qk_norm = eb::QkNorm::rms_head};
+  const eb::MhaOptions options{
+      .heads = 4, .kv_heads = 2, .head_dim = 6, .qk_norm = eb::QkNorm::rms_head};
   const eb::Mha<double> layer(options);
   const eb::MhaWeights<double> w = random_weights(options, 9);
   const Matrix<double> x = random_rows(15, 10);
@@ -171,15 +176,18 @@ TEST_CASE("mha: rotary layouts agree once the weights are converted") {
   converted.b_q = eb::rope_convert_layout(w.b_q, from, to, 6, {.heads = 4});
   converted.b_k = eb::rope_convert_layout(w.b_k, from, to, 6, {.heads = 2});
   const Matrix<double> x = random_rows(9, 12);
-  CHECK(largest_difference(forward(eb::Mha<double>(half), w, x), forward(eb::Mha<double>(interleaved), converted, x)) < kSame);
+  CHECK(largest_difference(forward(eb::Mha<double>(half), w, x),
+                           forward(eb::Mha<double>(interleaved), converted, x)) < kSame);
 }
 
 TEST_CASE("mha: executors do not change a bit") {
-  const eb::MhaOptions options{.heads = 4, .kv_heads = 2, .head_dim = 8, .qk_norm = eb::QkNorm::rms_full};
+  const eb::MhaOptions options{
+      .heads = 4, .kv_heads = 2, .head_dim = 8, .qk_norm = eb::QkNorm::rms_full};
   const eb::Mha<double> layer(options);
   const eb::MhaWeights<double> w = random_weights(options, 13);
   const Matrix<double> x = random_rows(150, 14), dy = random_rows(150, 15);
-  const auto run = [&](eb::ExecutorRef executor, Matrix<double>& y, Matrix<double>& dx, eb::MhaWeights<double>& g) {
+  const auto run = [&](eb::ExecutorRef executor, Matrix<double>& y, Matrix<double>& dx,
+                       eb::MhaWeights<double>& g) {
     eb::MhaSaved<double> saved;
     y.resize(150, kWidth);
     dx.resize(150, kWidth);
@@ -235,11 +243,14 @@ void check_throws(F&& f, const std::string& text) {
 TEST_CASE("mha: bad options and shapes are named") {
   using invalid = std::invalid_argument;
   const auto layer_of = [](const eb::MhaOptions& o) { return [o] { eb::Mha<double> layer(o); }; };
-  check_throws<invalid>(layer_of({.heads = 12, .kv_heads = 5}), "kv_heads (5) must divide heads (12)");
+  check_throws<invalid>(layer_of({.heads = 12, .kv_heads = 5}),
+                        "kv_heads (5) must divide heads (12)");
   check_throws<invalid>(layer_of({.heads = 0}), "heads (0) and kv_heads (0) must be at least 1");
   check_throws<invalid>(layer_of({.heads = 1, .head_dim = 0}), "head_dim (0) must be at least 1");
-  check_throws<invalid>(layer_of({.heads = 1, .head_dim = 4, .rotary_dim = 6}), "rotary_dim (6) must be at most head_dim (4)");
-  check_throws<invalid>(layer_of({.heads = 1, .head_dim = 5}), "rotary_dim (5) must be even and at least 2");
+  check_throws<invalid>(layer_of({.heads = 1, .head_dim = 4, .rotary_dim = 6}),
+                        "rotary_dim (6) must be at most head_dim (4)");
+  check_throws<invalid>(layer_of({.heads = 1, .head_dim = 5}),
+                        "rotary_dim (5) must be even and at least 2");
   check_throws<invalid>(layer_of({.heads = 1, .head_dim = 4, .rope_base = -1.0}),
                         "rope_base (-1) must be positive, or 0 for no rotary positions");
   check_throws<invalid>(layer_of({.heads = 1, .head_dim = 4, .window_left = -2}),
@@ -261,12 +272,17 @@ TEST_CASE("mha: bad options and shapes are named") {
                         "w_q is 9 x 24, expected 10 x 24 (columns of x, heads * head_dim)");
   check_throws<invalid>(with([](auto& w) { w.w_v.resize(10, 24); }),
                         "w_v is 10 x 24, expected 10 x 12 (columns of x, kv_heads * head_dim)");
-  check_throws<invalid>(with([](auto& w) { w.b_k.resize(24); }), "b_k has 24 entries, expected 12 (kv_heads * head_dim, or none)");
-  check_throws<invalid>(with([](auto& w) { w.sinks.resize(2); }), "sinks has 2 entries, expected 4 (heads, or none)");
+  check_throws<invalid>(with([](auto& w) { w.b_k.resize(24); }),
+                        "b_k has 24 entries, expected 12 (kv_heads * head_dim, or none)");
+  check_throws<invalid>(with([](auto& w) { w.sinks.resize(2); }),
+                        "sinks has 2 entries, expected 4 (heads, or none)");
   const std::vector<Index> cu = {0, 4};
-  check_throws<invalid>([&] { forward(layer, good, x, {.cu_seqlens = cu}); }, "cu_seqlens ends at 4, expected the 3 rows of x");
+  check_throws<invalid>([&] { forward(layer, good, x, {.cu_seqlens = cu}); },
+                        "cu_seqlens ends at 4, expected the 3 rows of x");
 
-  eb::MhaState<double> state{.cache = eb::KvCache<double>({.kv_heads = 2, .head_dim = 6, .capacity = 2, .fixed = true}), .scratch = {}};
+  eb::MhaState<double> state{
+      .cache = eb::KvCache<double>({.kv_heads = 2, .head_dim = 6, .capacity = 2, .fixed = true}),
+      .scratch = {}};
   Matrix<double> y(3, kWidth);
   check_throws<std::length_error>([&] { eb::mha_step(layer, good, state, x, y); },
                                   "KvCache: 0 tokens and 3 more exceed the fixed capacity 2");

@@ -57,7 +57,8 @@ TEST_CASE_TEMPLATE("softmax, log_softmax and logsumexp are the textbook, in gapp
                    double) {
   const double eps = double(std::numeric_limits<S>::epsilon());
   Random random(1);
-  for (const auto& [rows, cols] : kShapes) {
+  for (const auto& s : kShapes) {
+    const Index rows = s.first, cols = s.second;
     CAPTURE(rows);
     CAPTURE(cols);
     Matrix<S> frame = Matrix<S>::Constant(rows + 2, cols + 5, kNaN<S>);
@@ -178,7 +179,8 @@ TEST_CASE_TEMPLATE("softmax: NaN and +inf make their row NaN, wherever they are"
 
 TEST_CASE("softmax gradients against finite differences") {
   Random random(5);
-  for (const auto& [rows, cols] : {std::pair<Index, Index>{1, 1}, {2, 5}, {3, 17}}) {
+  for (const auto& s : {std::pair<Index, Index>{1, 1}, {2, 5}, {3, 17}}) {
+    const Index rows = s.first, cols = s.second;
     Matrix<double> x = normal_matrix<double>(random, rows, cols);
     const Matrix<double> up = normal_matrix<double>(random, rows, cols);
     const Vector<double> dlse = normal_matrix<double>(random, rows, 1);

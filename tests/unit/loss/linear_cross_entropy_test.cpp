@@ -38,14 +38,14 @@ struct Problem {
   CrossEntropySaved two_passes(ExecutorRef executor = {}) {
     clear();
     const CrossEntropySaved saved = forward(executor);
-    linear_cross_entropy_backward(saved, hidden, weight, bias, targets, upstream(), dh, dw, db, options,
-                                  executor);
+    linear_cross_entropy_backward(saved, hidden, weight, bias, targets, upstream(), dh, dw, db,
+                                  options, executor);
     return saved;
   }
   CrossEntropySaved fused(ExecutorRef executor = {}) {
     clear();
-    return linear_cross_entropy_fused(hidden, weight, bias, targets, upstream(), dh, dw, db, options,
-                                      executor);
+    return linear_cross_entropy_fused(hidden, weight, bias, targets, upstream(), dh, dw, db,
+                                      options, executor);
   }
   void clear() {
     dh.setConstant(S(99));
@@ -80,8 +80,8 @@ struct Problem {
 template <class S>
 void check_equal(const Problem<S>& got, const CrossEntropySaved& saved, const Problem<S>& want,
                  const CrossEntropySaved& want_saved) {
-  // Logits are sums of `dim` products of order 1 (|x| < 30); their error, 30 eps sqrt(dim), moves probabilities and
-  // losses by as much.
+  // Logits are sums of `dim` products of order 1 (|x| < 30); their error, 30 eps sqrt(dim), moves
+  // probabilities and losses by as much.
   const double dim = static_cast<double>(want.hidden.cols());
   const double tolerance = 30 * double(std::numeric_limits<S>::epsilon()) * (1 + std::sqrt(dim));
   CHECK((saved.lse - want_saved.lse).norm() <= tolerance * (1 + want_saved.lse.norm()));
@@ -147,22 +147,26 @@ TEST_CASE("linear_cross_entropy: several blocks of 256 each way; equal bits for 
   }
 }
 
-TEST_CASE("linear_cross_entropy: weight as d x V, without bias, per-token upstream, strided operands") {
-  Problem<double> problem(9, 40, 6, {.loss = {.label_smoothing = 0.1}, .token_tile = 4, .vocab_tile = 13});
+TEST_CASE(
+    "linear_cross_entropy: weight as d x V, without bias, per-token upstream, strided operands") {
+  Problem<double> problem(9, 40, 6,
+                          {.loss = {.label_smoothing = 0.1}, .token_tile = 4, .vocab_tile = 13});
   problem.bias.setZero();
   const CrossEntropySaved with_bias = problem.two_passes();
   const Matrix<double> dh = problem.dh, dw = problem.dw;
 
-  Matrix<double> wide_h = Matrix<double>::Constant(9, 10, 5.0), wide_w = Matrix<double>::Constant(40, 9, 5.0);
+  Matrix<double> wide_h = Matrix<double>::Constant(9, 10, 5.0),
+                 wide_w = Matrix<double>::Constant(40, 9, 5.0);
   wide_h.middleCols(2, 6) = problem.hidden;
   wide_w.middleCols(1, 6) = problem.weight;
   const auto h = wide_h.middleCols(2, 6);
   const auto w = wide_w.middleCols(1, 6);
-  const CrossEntropySaved saved = linear_cross_entropy_forward(h, w, problem.targets, problem.options);
+  const CrossEntropySaved saved =
+      linear_cross_entropy_forward(h, w, problem.targets, problem.options);
   CHECK(saved.loss == with_bias.loss);
   problem.clear();
-  linear_cross_entropy_backward(saved, h, w, problem.targets, problem.upstream(), problem.dh, problem.dw,
-                                problem.options);
+  linear_cross_entropy_backward(saved, h, w, problem.targets, problem.upstream(), problem.dh,
+                                problem.dw, problem.options);
   CHECK(problem.dh == dh);
   CHECK(problem.dw == dw);
   linear_cross_entropy_fused(h, w, problem.targets, problem.upstream(), problem.dh, problem.dw,
@@ -219,19 +223,33 @@ TEST_CASE("linear_cross_entropy: no tokens, ignored tokens, masked classes by a 
   CHECK_FALSE(masked.dh.hasNaN());
 }
 
+TEST_CASE("linear_cross_entropy: a NaN class makes every loss NaN, whatever tile it falls into") {
+  for (const Index vocab_tile : {1, 4, 9}) {
+    for (const Index bad : {0, 5, 8}) {
+      Problem<double> p(6, 9, 3, {.vocab_tile = vocab_tile});
+      p.weight.row(bad).setConstant(std::numeric_limits<double>::quiet_NaN());
+      const CrossEntropySaved saved = p.forward();
+      CHECK(std::isnan(saved.loss));
+      for (Index t = 0; t < 6; ++t) CHECK(std::isnan(saved.lse[t]));
+    }
+  }
+}
+
 TEST_CASE("linear_cross_entropy: bad input leaves the outputs as they were") {
   Problem<double> p(2, 3, 4, {});
   p.clear();
   const CrossEntropySaved saved = p.forward();
   const Matrix<double> narrow = Matrix<double>::Zero(3, 5);
-  CHECK_THROWS_WITH_AS(linear_cross_entropy_forward(p.hidden, narrow, p.targets),
-                       "eigenblocks: linear_cross_entropy: weight is 3 x 5, expected 3 x 4 (classes x "
-                       "columns of hidden)",
-                       invalid_argument);
   CHECK_THROWS_WITH_AS(
-      linear_cross_entropy_forward(p.hidden, p.weight, p.targets, {.layout = HeadLayout::class_columns}),
-      "eigenblocks: linear_cross_entropy: weight is 3 x 4, expected 4 x 4 (columns of hidden x classes)",
+      linear_cross_entropy_forward(p.hidden, narrow, p.targets),
+      "eigenblocks: linear_cross_entropy: weight is 3 x 5, expected 3 x 4 (classes x "
+      "columns of hidden)",
       invalid_argument);
+  CHECK_THROWS_WITH_AS(linear_cross_entropy_forward(p.hidden, p.weight, p.targets,
+                                                    {.layout = HeadLayout::class_columns}),
+                       "eigenblocks: linear_cross_entropy: weight is 3 x 4, expected 4 x 4 "
+                       "(columns of hidden x classes)",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(
       linear_cross_entropy_forward(p.hidden, p.weight, p.bias.head(2), p.targets),
       "eigenblocks: linear_cross_entropy: bias has 2 entries, expected 3 (one for each class)",
@@ -239,12 +257,12 @@ TEST_CASE("linear_cross_entropy: bad input leaves the outputs as they were") {
   CHECK_THROWS_WITH_AS(linear_cross_entropy_forward(p.hidden, p.weight, p.targets, {.softcap = -1}),
                        "eigenblocks: linear_cross_entropy: softcap (-1) must not be negative",
                        invalid_argument);
-  CHECK_THROWS_WITH_AS(linear_cross_entropy_forward(p.hidden, p.weight, p.targets, {.token_tile = -1}),
-                       "eigenblocks: linear_cross_entropy: token_tile (-1) must not be negative",
-                       invalid_argument);
-  CHECK_THROWS_WITH_AS(linear_cross_entropy_forward(p.hidden, p.weight, p.targets, {.vocab_tile = 0}),
-                       "eigenblocks: linear_cross_entropy: vocab_tile (0) must be at least 1",
-                       invalid_argument);
+  CHECK_THROWS_WITH_AS(
+      linear_cross_entropy_forward(p.hidden, p.weight, p.targets, {.token_tile = -1}),
+      "eigenblocks: linear_cross_entropy: token_tile (-1) must not be negative", invalid_argument);
+  CHECK_THROWS_WITH_AS(
+      linear_cross_entropy_forward(p.hidden, p.weight, p.targets, {.vocab_tile = 0}),
+      "eigenblocks: linear_cross_entropy: vocab_tile (0) must be at least 1", invalid_argument);
   const std::vector<Index> high{0, 3};
   CHECK_THROWS_AS(linear_cross_entropy_forward(p.hidden, p.weight, high), std::out_of_range);
 
@@ -266,12 +284,12 @@ TEST_CASE("linear_cross_entropy: bad input leaves the outputs as they were") {
       linear_cross_entropy_backward({}, p.hidden, p.weight, p.targets, 1.0, p.dh, p.dw),
       "eigenblocks: linear_cross_entropy: saved.lse has 0 entries, expected 2 (rows of hidden)",
       invalid_argument);
-  CHECK_THROWS_WITH_AS(
-      linear_cross_entropy_fused(p.hidden, p.weight, p.targets, 1.0, p.dh, p.dw,
-                                 {.loss = {.reduction = Reduction::none}}),
-      "eigenblocks: linear_cross_entropy_fused: Reduction::none has no single upstream gradient; use "
-      "linear_cross_entropy_forward and _backward",
-      invalid_argument);
+  CHECK_THROWS_WITH_AS(linear_cross_entropy_fused(p.hidden, p.weight, p.targets, 1.0, p.dh, p.dw,
+                                                  {.loss = {.reduction = Reduction::none}}),
+                       "eigenblocks: linear_cross_entropy_fused: Reduction::none has no single "
+                       "upstream gradient; use "
+                       "linear_cross_entropy_forward and _backward",
+                       invalid_argument);
   CHECK(p.dh == Matrix<double>::Constant(2, 4, 99.0));
   CHECK(p.dw == Matrix<double>::Constant(3, 4, 99.0));
   CHECK(p.db == RowVector<double>::Constant(3, 99.0));

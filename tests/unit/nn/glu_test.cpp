@@ -38,7 +38,8 @@ TEST_CASE_TEMPLATE("glu: the fused passes are activation and product, to the bit
   Random random(1);
   const thread_pool pool(3);
   for (const Activation kind : kKinds) {
-    for (const auto& [rows, cols] : {std::pair<Index, Index>{0, 4}, {2, 0}, {1, 1}, {3, 17}, {70, 1003}}) {
+    for (const auto& s : {std::pair<Index, Index>{0, 4}, {2, 0}, {1, 1}, {3, 17}, {70, 1003}}) {
+      const Index rows = s.first, cols = s.second;
       CAPTURE(static_cast<int>(kind));
       CAPTURE(cols);
       const Matrix<S> a = normal_matrix<S>(random, rows, cols, 3.0), b = normal_matrix<S>(random, rows, cols),

@@ -35,8 +35,8 @@ bool close(const Matrix<S>& got, const Matrix<double>& want, Index terms) {
 TEST_CASE_TEMPLATE("linear maps and their gradients are the sums of products, in gapped views too", S, float,
                    double) {
   Random random(1);
-  for (const auto& [tokens, in, out] :
-       {Sizes{0, 3, 2}, {3, 0, 2}, {3, 2, 0}, {1, 1, 1}, {1, 5, 7}, {7, 1, 3}, {2, 3, 1}, {17, 13, 19}, {65, 33, 31}}) {
+  for (const auto& s : {Sizes{0, 3, 2}, {3, 0, 2}, {3, 2, 0}, {1, 1, 1}, {1, 5, 7}, {7, 1, 3}, {2, 3, 1}, {17, 13, 19}, {65, 33, 31}}) {
+    const Index tokens = s.tokens, in = s.in, out = s.out;
     CAPTURE(tokens);
     CAPTURE(in);
     CAPTURE(out);
@@ -81,7 +81,8 @@ TEST_CASE_TEMPLATE("linear maps and their gradients are the sums of products, in
 TEST_CASE("linear maps large enough to be cut: right, and equal bits on threads") {
   Random random(2);
   // Wide and tall results, with cuts that do not divide; one row, as in decoding.
-  for (const auto& [tokens, in, out] : {Sizes{270, 70, 1300}, {1700, 65, 130}, {90, 1300, 90}, {1, 1111, 4111}}) {
+  for (const auto& s : {Sizes{270, 70, 1300}, {1700, 65, 130}, {90, 1300, 90}, {1, 1111, 4111}}) {
+    const Index tokens = s.tokens, in = s.in, out = s.out;
     CAPTURE(tokens);
     CAPTURE(out);
     const Matrix<float> x = normal_matrix<float>(random, tokens, in), w = normal_matrix<float>(random, in, out),

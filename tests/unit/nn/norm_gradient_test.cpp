@@ -22,7 +22,8 @@ void check(const GradcheckResult& result) { CHECK_MESSAGE(result.passed, result.
 
 TEST_CASE("norm gradients against finite differences, with and without gain and bias") {
   Random random(1);
-  for (const auto& [rows, heads, d] : kShapes) {
+  for (const auto& s : kShapes) {
+    const Index rows = s.rows, heads = s.heads, d = s.d;
     for (const bool gain : {true, false}) {
       CAPTURE(d);
       CAPTURE(gain);

@@ -56,7 +56,8 @@ bool close(const Matrix<S>& got, const Matrix<double>& want, Index d) {
 
 TEST_CASE_TEMPLATE("norms are the textbook: heads, odd widths, gapped views", S, float, double) {
   Random random(1);
-  for (const auto& [rows, heads, d] : kShapes) {
+  for (const auto& s : kShapes) {
+    const Index rows = s.rows, heads = s.heads, d = s.d;
     CAPTURE(rows);
     CAPTURE(d);
     const Index cols = heads * d;

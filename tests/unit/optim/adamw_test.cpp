@@ -32,9 +32,10 @@ struct Reference {
 }  // namespace
 
 TEST_CASE_TEMPLATE("adamw_step is the formula, odd sizes included", S, float, double) {
-  const AdamWOptions variants[] = {{},
-                                   {.lr = 0.03, .beta2 = 0.95, .weight_decay = 0.1},
-                                   {.lr = 0.1, .beta1 = 0, .beta2 = 0, .eps = 1e-3, .weight_decay = 0}};
+  const AdamWOptions variants[] = {
+      {},
+      {.lr = 0.03, .beta2 = 0.95, .weight_decay = 0.1},
+      {.lr = 0.1, .beta1 = 0, .beta2 = 0, .eps = 1e-3, .weight_decay = 0}};
   Random random(5);
   for (const AdamWOptions& options : variants) {
     for (const auto& [rows, cols] : {std::pair<Index, Index>{0, 3}, {1, 1}, {3, 5}, {7, 37}}) {
@@ -74,7 +75,8 @@ TEST_CASE_TEMPLATE("adamw_step: equal bits for blocks, vectors, executors and a 
   Random random(6);
   const Index rows = 103, cols = 671;  // more than two pieces
   const Matrix<S> start = normal_matrix<S>(random, rows, cols);
-  const Matrix<S> g1 = normal_matrix<S>(random, rows, cols), g2 = normal_matrix<S>(random, rows, cols);
+  const Matrix<S> g1 = normal_matrix<S>(random, rows, cols),
+                  g2 = normal_matrix<S>(random, rows, cols);
   Matrix<S> w = start;
   AdamWState<S> state;
   adamw_step(w, g1, state, options);
@@ -129,7 +131,8 @@ TEST_CASE_TEMPLATE("adamw_step: zero, huge and infinite gradients", S, float, do
   adamw_step(w, none, state, {.lr = 0.5, .weight_decay = 0.5});
   CHECK(w == Matrix<S>::Constant(3, 5, S(1.5)));  // decay alone, exactly
   // v overflows to infinity: the update becomes 0, not NaN.
-  const Matrix<S> huge = Matrix<S>::Constant(3, 5, std::sqrt(std::numeric_limits<S>::max()) * S(100));
+  const Matrix<S> huge =
+      Matrix<S>::Constant(3, 5, std::sqrt(std::numeric_limits<S>::max()) * S(100));
   adamw_step(w, huge, state, {.weight_decay = 0});
   CHECK(w == Matrix<S>::Constant(3, 5, S(1.5)));
   Matrix<S> poisoned = none;
@@ -163,9 +166,9 @@ TEST_CASE("adamw_step: bad input leaves everything as it was") {
   CHECK(state == AdamWState<float>{});
   adamw_step(w, g, state);
   const Matrix<float> before = w;
-  CHECK_THROWS_WITH_AS(
-      adamw_step(w.leftCols(2), g.leftCols(2), state),
-      "eigenblocks: adamw_step: state.m is 2 x 3, expected 2 x 2 (shape of param)", invalid_argument);
+  CHECK_THROWS_WITH_AS(adamw_step(w.leftCols(2), g.leftCols(2), state),
+                       "eigenblocks: adamw_step: state.m is 2 x 3, expected 2 x 2 (shape of param)",
+                       invalid_argument);
   CHECK(w == before);
   CHECK(state.step == 1);
 }

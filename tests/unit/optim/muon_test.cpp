@@ -20,7 +20,8 @@ struct Reference {
     buf = mu * buf + (1 - mu) * g;
     const Matrix<S> u = o.nesterov ? Matrix<S>((1 - mu) * g + mu * buf) : buf;
     const bool in_out = o.layout == MuonLayout::in_out;
-    const double scale = muon_scale(in_out ? w.rows() : w.cols(), in_out ? w.cols() : w.rows(), o.adjust);
+    const double scale =
+        muon_scale(in_out ? w.rows() : w.cols(), in_out ? w.cols() : w.rows(), o.adjust);
     w = static_cast<S>(1 - o.lr * o.weight_decay) * w -
         static_cast<S>(o.lr * scale) * newton_schulz(u, o.newton_schulz);
   }
@@ -37,7 +38,8 @@ TEST_CASE("muon_scale: the four rules") {
   CHECK(muon_scale(3, 70, MuonAdjust::naive) == 1.0);
 }
 
-TEST_CASE_TEMPLATE("muon_step is the formula, for every rule, layout and odd shape", S, float, double) {
+TEST_CASE_TEMPLATE("muon_step is the formula, for every rule, layout and odd shape", S, float,
+                   double) {
   Random random(12);
   for (const MuonAdjust adjust : {MuonAdjust::original, MuonAdjust::match_rms_adamw,
                                   MuonAdjust::spectral_unclamped, MuonAdjust::naive}) {
@@ -53,7 +55,8 @@ TEST_CASE_TEMPLATE("muon_step is the formula, for every rule, layout and odd sha
           muon_step(w, g, state, options);
           want.step(g, options);
         }
-        // The iteration amplifies the rounding of its input by up to 3.4445^5 = 485; lr times scale is below 0.05.
+        // The iteration amplifies the rounding of its input by up to 3.4445^5 = 485; lr times scale
+        // is below 0.05.
         const double eps = double(std::numeric_limits<S>::epsilon());
         CHECK(double((w - want.w).cwiseAbs().maxCoeff()) <= 485 * 4 * 0.05 * eps + 20 * eps);
         CHECK(double((state.momentum - want.buf).cwiseAbs().maxCoeff()) <= 10 * eps);
@@ -87,12 +90,14 @@ TEST_CASE_TEMPLATE("muon_step: heads are matrices of their own", S, float, doubl
   }
 }
 
-TEST_CASE_TEMPLATE("muon_step: equal bits for blocks, executors and a resumed run", S, float, double) {
+TEST_CASE_TEMPLATE("muon_step: equal bits for blocks, executors and a resumed run", S, float,
+                   double) {
   const MuonOptions options{.lr = 0.02, .newton_schulz = {.steps = 2}};
   Random random(14);
   const Index rows = 131, cols = 277;
   const Matrix<S> start = normal_matrix<S>(random, rows, cols);
-  const Matrix<S> g1 = normal_matrix<S>(random, rows, cols), g2 = normal_matrix<S>(random, rows, cols);
+  const Matrix<S> g1 = normal_matrix<S>(random, rows, cols),
+                  g2 = normal_matrix<S>(random, rows, cols);
   Matrix<S> w = start;
   MuonState<S> state;
   muon_step(w, g1, state, options);
@@ -135,8 +140,8 @@ TEST_CASE_TEMPLATE("muon_step: equal bits for blocks, executors and a resumed ru
 }
 
 TEST_CASE("muon_step: decay keeps the weights below 1.21 scale / weight_decay") {
-  // Spectral norm by the Gram matrix: |W|_2^2 <= |W|_F^2, so the Frobenius norm over sqrt(rank) is checked, a weaker
-  // form that needs no SVD.
+  // Spectral norm by the Gram matrix: |W|_2^2 <= |W|_F^2, so the Frobenius norm over sqrt(rank) is
+  // checked, a weaker form that needs no SVD.
   Random random(15);
   Matrix<double> w = normal_matrix<double>(random, 8, 8, 10.0);
   MuonState<double> state;
@@ -167,12 +172,14 @@ TEST_CASE("muon_step: bad input leaves everything as it was") {
   CHECK_THROWS_WITH_AS(muon_step(w, g, state, {.lr = -1}),
                        "eigenblocks: muon_step: lr (-1) must not be negative", invalid_argument);
   CHECK_THROWS_WITH_AS(muon_step(w, g, state, {.momentum = -1}),
-                       "eigenblocks: muon_step: momentum (-1) must not be negative", invalid_argument);
+                       "eigenblocks: muon_step: momentum (-1) must not be negative",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(muon_step(w, g, state, {.weight_decay = -1}),
                        "eigenblocks: muon_step: weight_decay (-1) must not be negative",
                        invalid_argument);
   CHECK_THROWS_WITH_AS(muon_step(w, g, state, {.heads = 2}),
-                       "eigenblocks: muon_step: heads (2) must divide fan_out (3)", invalid_argument);
+                       "eigenblocks: muon_step: heads (2) must divide fan_out (3)",
+                       invalid_argument);
   CHECK_THROWS_AS(muon_step(w, g, state, {.heads = 0}), invalid_argument);
   CHECK_THROWS_AS(muon_step(w, g, state, {.newton_schulz = {.steps = 100}}), invalid_argument);
   CHECK(w == g);

@@ -13,7 +13,8 @@ using namespace eigenblocks;
 
 namespace {
 
-// Products through the library's wrappers: every further product expression costs seconds of compile time here.
+// Products through the library's wrappers: every further product expression costs seconds of
+// compile time here.
 Matrix<double> nn(const Matrix<double>& a, const Matrix<double>& b) {
   Matrix<double> c(a.rows(), b.cols());
   detail::product_nn<double>(a, b, c);
@@ -45,9 +46,7 @@ struct Decomposed {
         s(std::min(rows, cols)) {
     for (double& value : s) value = 0.05 + random.uniform();
   }
-  Matrix<double> with(const Vector<double>& values) const {
-    return nt(u * values.asDiagonal(), v);
-  }
+  Matrix<double> with(const Vector<double>& values) const { return nt(u * values.asDiagonal(), v); }
   Matrix<double> u, v;
   Vector<double> s;
 };
@@ -69,8 +68,8 @@ constexpr NewtonSchulzCoefficients kTaylor{15.0 / 8, -10.0 / 8, 3.0 / 8};
 
 TEST_CASE("newton_schulz maps singular values by the polynomial and keeps singular vectors") {
   const NewtonSchulzCoefficients plan[] = {{}, kTaylor, {2, -1.5, 0.5}};
-  const NewtonSchulzOptions variants[] = {{}, {.steps = 0}, {.steps = 8, .coefficients = kTaylor},
-                                          {.steps = 5, .schedule = plan}};
+  const NewtonSchulzOptions variants[] = {
+      {}, {.steps = 0}, {.steps = 8, .coefficients = kTaylor}, {.steps = 5, .schedule = plan}};
   const Index shapes[][2] = {{1, 1}, {1, 6}, {6, 1}, {7, 7}, {5, 11}, {11, 5}, {67, 71}, {71, 67}};
   Random random(7);
   for (const NewtonSchulzOptions& options : variants) {
@@ -82,7 +81,8 @@ TEST_CASE("newton_schulz maps singular values by the polynomial and keeps singul
       const Matrix<double> g = svd.with(svd.s);
       Vector<double> mapped = svd.s / svd.s.norm();
       for (double& s : mapped) s = scalar_map(s, options);
-      // Steps amplify rounding by at most the slope of p, 3.4445 each: 5 steps, 485 eps; 12 leaves room for products.
+      // Steps amplify rounding by at most the slope of p, 3.4445 each: 5 steps, 485 eps; 12 leaves
+      // room for products.
       CHECK((newton_schulz(g, options) - svd.with(mapped)).norm() <= 1e-12 * g.norm());
     }
   }
@@ -126,7 +126,8 @@ TEST_CASE("newton_schulz: a convergent triple reaches the polar factor; scale an
   CHECK((newton_schulz(Matrix<double>(g.transpose()), options) - sign.transpose()).norm() <= 1e-13);
 }
 
-TEST_CASE_TEMPLATE("newton_schulz: zero, tiny and non-finite matrices, empty shapes", S, float, double) {
+TEST_CASE_TEMPLATE("newton_schulz: zero, tiny and non-finite matrices, empty shapes", S, float,
+                   double) {
   const Matrix<S> zero = Matrix<S>::Zero(3, 5);
   CHECK(newton_schulz(zero) == zero);
   // Below eps the matrix is divided by eps, not by its norm.
@@ -141,8 +142,8 @@ TEST_CASE_TEMPLATE("newton_schulz: zero, tiny and non-finite matrices, empty sha
   CHECK(newton_schulz(Matrix<S>(4, 0)).size() == 0);
 }
 
-TEST_CASE_TEMPLATE("newton_schulz: equal bits for every executor, in place and in strided memory", S,
-                   float, double) {
+TEST_CASE_TEMPLATE("newton_schulz: equal bits for every executor, in place and in strided memory",
+                   S, float, double) {
   Random random(11);
   const Matrix<S> g = normal_matrix<S>(random, 131, 277);
   const NewtonSchulzOptions options{.steps = 2};

@@ -65,7 +65,8 @@ TEST_CASE("lr_schedule: no warmup, no steps, warmup beyond the end") {
 
 TEST_CASE("lr_schedule: bad input") {
   CHECK_THROWS_WITH_AS(lr_schedule(-1, {}),
-                       "eigenblocks: lr_schedule: step (-1) must not be negative", invalid_argument);
+                       "eigenblocks: lr_schedule: step (-1) must not be negative",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(lr_schedule(0, {.peak = -0.5}),
                        "eigenblocks: lr_schedule: peak (-0.5) must be finite and not negative",
                        invalid_argument);

@@ -32,11 +32,12 @@ struct Reference {
 }  // namespace
 
 TEST_CASE_TEMPLATE("sgd_step is the formula, for every variant and odd sizes", S, float, double) {
-  const SgdOptions variants[] = {{.lr = 0.1},
-                                 {.lr = 0.1, .weight_decay = 0.2},
-                                 {.lr = 0.1, .momentum = 0.9},
-                                 {.lr = 0.1, .momentum = 0.9, .dampening = 0.3, .weight_decay = 0.1},
-                                 {.lr = 0.1, .momentum = 0.9, .nesterov = true, .weight_decay = 0.1}};
+  const SgdOptions variants[] = {
+      {.lr = 0.1},
+      {.lr = 0.1, .weight_decay = 0.2},
+      {.lr = 0.1, .momentum = 0.9},
+      {.lr = 0.1, .momentum = 0.9, .dampening = 0.3, .weight_decay = 0.1},
+      {.lr = 0.1, .momentum = 0.9, .nesterov = true, .weight_decay = 0.1}};
   Random random(3);
   for (const SgdOptions& options : variants) {
     for (const auto& [rows, cols] : {std::pair<Index, Index>{0, 3}, {1, 1}, {3, 5}, {7, 37}}) {
@@ -57,13 +58,14 @@ TEST_CASE_TEMPLATE("sgd_step is the formula, for every variant and odd sizes", S
   }
 }
 
-TEST_CASE_TEMPLATE("sgd_step: equal bits for blocks, vectors, executors and a resumed run", S, float,
-                   double) {
+TEST_CASE_TEMPLATE("sgd_step: equal bits for blocks, vectors, executors and a resumed run", S,
+                   float, double) {
   const SgdOptions options{.lr = 0.1, .momentum = 0.9, .weight_decay = 0.01};
   Random random(4);
   const Index rows = 103, cols = 671;  // more than two pieces
   const Matrix<S> start = normal_matrix<S>(random, rows, cols);
-  const Matrix<S> g1 = normal_matrix<S>(random, rows, cols), g2 = normal_matrix<S>(random, rows, cols);
+  const Matrix<S> g1 = normal_matrix<S>(random, rows, cols),
+                  g2 = normal_matrix<S>(random, rows, cols);
   Matrix<S> w = start;
   SgdState<S> state;
   sgd_step(w, g1, state, options);
@@ -120,7 +122,8 @@ TEST_CASE("sgd_step: bad input leaves everything as it was") {
   CHECK_THROWS_WITH_AS(sgd_step(w, g, state, {.lr = -1}),
                        "eigenblocks: sgd_step: lr (-1) must not be negative", invalid_argument);
   CHECK_THROWS_WITH_AS(sgd_step(w, g, state, {.momentum = -1}),
-                       "eigenblocks: sgd_step: momentum (-1) must not be negative", invalid_argument);
+                       "eigenblocks: sgd_step: momentum (-1) must not be negative",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(sgd_step(w, g, state, {.weight_decay = -1}),
                        "eigenblocks: sgd_step: weight_decay (-1) must not be negative",
                        invalid_argument);
