@@ -34,9 +34,12 @@
 #include <eigenblocks/loss/cross_entropy.hpp>
 #include <eigenblocks/loss/linear_cross_entropy.hpp>
 
+#include <eigenblocks/nn/activation.hpp>
 #include <eigenblocks/nn/embedding.hpp>
+#include <eigenblocks/nn/glu.hpp>
 #include <eigenblocks/nn/linear.hpp>
 #include <eigenblocks/nn/norm.hpp>
+#include <eigenblocks/nn/sampling.hpp>
 
 #include <eigenblocks/optim/adamw.hpp>
 #include <eigenblocks/optim/clip.hpp>

@@ -37,6 +37,12 @@
 #include <eigenblocks/core/workspace.hpp>
 #include <eigenblocks/loss/cross_entropy.hpp>
 
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <type_traits>
+#include <vector>
+
 EIGENBLOCKS_NAMESPACE_BEGIN
 
 enum class HeadLayout { class_rows, class_columns };

@@ -90,11 +90,16 @@ S kth_largest(const S* x, Index n, Index k, std::vector<S>& values) {
   return values[static_cast<std::size_t>(k - 1)];
 }
 
+/// In double, with four sums to hide the latency of the additions.
 template <class S>
 double exact_sum(const S* p, Index n) {
-  double total = 0;
-  for (Index j = 0; j < n; ++j) total += static_cast<double>(p[j]);
-  return total;
+  double sum[4] = {};
+  Index j = 0;
+  for (; j + 4 <= n; j += 4) {
+    for (Index k = 0; k < 4; ++k) sum[k] += static_cast<double>(p[j + k]);
+  }
+  for (; j < n; ++j) sum[0] += static_cast<double>(p[j]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 /// Sets to 0 what lies outside the nucleus; p is not normalised and its largest entry is 1.
@@ -194,19 +199,31 @@ Index sample_index(const V& probs, double u) {
   detail::require(u >= 0 && u < 1, "u (", u, ") must be in [0, 1)");
   detail::require(probs.size() > 0, "probs is empty");
   const ConstVectorRef<S> p(probs);
-  const double total = detail::exact_sum(p.data(), p.size());
+  // Sums of blocks first, then the entries of the block in which the bound is passed.
+  constexpr Index block = 512;
+  const auto block_sum = [&](Index first) {
+    return detail::exact_sum(p.data() + first, std::min(block, p.size() - first));
+  };
+  double total = 0;
+  for (Index first = 0; first < p.size(); first += block) total += block_sum(first);
   if (!(total > 0) || !std::isfinite(total)) {
     detail::raise<std::domain_error>("probs sum to ", total);
   }
+  const double bound = u * total;
   double mass = 0;
-  Index chosen = 0;
-  for (Index i = 0; i < p.size() && !(mass > u * total); ++i) {
-    if (p[i] > 0) {
-      mass += static_cast<double>(p[i]);
-      chosen = i;
-    }
+  Index first = 0;
+  for (; first + block < p.size(); first += block) {
+    const double next = mass + block_sum(first);
+    if (next > bound) break;
+    mass = next;
   }
-  return chosen;
+  for (Index i = first; i < p.size(); ++i) {
+    mass += static_cast<double>(p[i]);
+    if (mass > bound && p[i] > 0) return i;
+  }
+  Index last = p.size() - 1;  // rounding only: u all but 1
+  while (!(p[last] > 0)) --last;
+  return last;
 }
 
 /// Draws a token: sample_index of sampling_probs.

@@ -17,6 +17,9 @@
 
 #include <eigenblocks/optim/tensor_ref.hpp>
 
+#include <cmath>
+#include <type_traits>
+
 EIGENBLOCKS_NAMESPACE_BEGIN
 
 struct AdamWOptions {

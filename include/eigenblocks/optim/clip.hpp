@@ -15,8 +15,11 @@
 
 #include <eigenblocks/optim/tensor_ref.hpp>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <span>
+#include <utility>
 
 EIGENBLOCKS_NAMESPACE_BEGIN
 

@@ -46,6 +46,7 @@
 #include <eigenblocks/optim/clip.hpp>
 #include <eigenblocks/optim/tensor_ref.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <span>
 #include <utility>

@@ -15,6 +15,8 @@
 
 #include <eigenblocks/optim/tensor_ref.hpp>
 
+#include <type_traits>
+
 EIGENBLOCKS_NAMESPACE_BEGIN
 
 struct SgdOptions {

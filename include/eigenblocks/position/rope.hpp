@@ -56,7 +56,7 @@ struct RopeOptions {
 namespace detail {
 
 inline constexpr Index kRopeTableRows = 256;  // B: the rows of the fine table
-// Heads that share a loaded cosine: measured 1.2x to 1.5x faster than head by head in the cache, and
+// Heads that share a loaded cosine: measured 1.2x to 1.5x faster than one by one in the cache and
 // no slower outside; all 32 heads of 128 channels at once are up to 1.3x slower.
 inline constexpr Index kHeadsAtOnce = 4;
 inline constexpr Index kMaxRotaryDim = 2048;  // rows of cos and sin are put together on the stack

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 using namespace eigenblocks;
@@ -79,8 +80,8 @@ TEST_CASE_TEMPLATE("cross_entropy is the formula, across block sizes of the row 
                                           {3, 2048},
                                           {5, 2051},
                                           {2, 4999}}) {
-      CAPTURE(classes);
       const Matrix<S> x = normal_matrix<S>(random, tokens, classes, 3.0);
+      CAPTURE(x.cols());
       const std::vector<Index> targets =
           random_targets(random, tokens, classes, options.ignore_index);
       const Reference want(x.template cast<double>(), targets, options);

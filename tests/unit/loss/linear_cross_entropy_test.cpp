@@ -4,6 +4,7 @@
 #include <eigenblocks/core/thread_pool.hpp>
 #include <eigenblocks/loss/linear_cross_entropy.hpp>
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>

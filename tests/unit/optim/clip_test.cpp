@@ -4,6 +4,7 @@
 #include <eigenblocks/core/thread_pool.hpp>
 #include <eigenblocks/optim/clip.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>

@@ -73,7 +73,8 @@ TEST_CASE("newton_schulz maps singular values by the polynomial and keeps singul
   const Index shapes[][2] = {{1, 1}, {1, 6}, {6, 1}, {7, 7}, {5, 11}, {11, 5}, {67, 71}, {71, 67}};
   Random random(7);
   for (const NewtonSchulzOptions& options : variants) {
-    for (const auto& [rows, cols] : shapes) {
+    for (const auto& shape : shapes) {
+      const Index rows = shape[0], cols = shape[1];
       CAPTURE(rows);
       CAPTURE(cols);
       CAPTURE(options.steps);

@@ -3,6 +3,7 @@
 #include <eigenblocks/core/random.hpp>
 #include <eigenblocks/optim/tensor_ref.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -60,7 +61,8 @@ TEST_CASE("pieces cover every entry once, whatever the shape") {
   const Index shapes[][2] = {{0, 5},         {5, 0},         {1, 1},     {3, 7},
                              {1, piece},     {2, piece + 1}, {1000, 97}, {piece + 3, 1},
                              {3, 2 * piece}, {40, piece / 2}};
-  for (const auto& [rows, cols] : shapes) {
+  for (const auto& shape : shapes) {
+    const Index rows = shape[0], cols = shape[1];
     for (const bool flat : {false, true}) {
       CAPTURE(rows);
       CAPTURE(cols);

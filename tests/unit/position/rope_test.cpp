@@ -59,7 +59,7 @@ TEST_CASE_TEMPLATE("forward and backward follow the definition", S, float, doubl
     // Rotary sizes around the packet sizes 2 .. 16 and a large odd number of pairs.
     for (const Index rotary_dim : {2, 4, 6, 14, 16, 30, 34, 64, 122}) {
       for (const Index rows : {0, 1, 7}) {
-        for (const Index heads : {1, 3}) {
+        for (const Index heads : {1, 3, 9}) {
           for (const Index first : {0, 3}) {
             const RopeOptions options{.heads = heads, .first_channel = first};
             RotaryFrequencies f = rope_frequencies(rotary_dim);
