@@ -55,6 +55,8 @@ class KvCache {
     detail::require(options.window >= -1, "KvCache: window (", options.window,
                     ") must be -1 (off) or >= 0");
     detail::require(options.chunk >= 1, "KvCache: chunk (", options.chunk, ") must be at least 1");
+    detail::require(!options.fixed || options.capacity >= 1,
+                    "KvCache: a fixed cache needs a capacity of at least 1");
     detail::require(!options.fixed || options.window < 0,
                     "KvCache: fixed and window exclude each other: a ring never grows");
     if (options_.value_dim == 0) options_.value_dim = options_.head_dim;

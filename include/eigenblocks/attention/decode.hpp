@@ -331,7 +331,8 @@ class DecodeRows {
       S sum = sink == kNone ? S(0) : std::exp(sink - top);
       for (Index x = 0; x < splits; ++x) {
         const S* const stats = partial + x * part + rows_ * value_cols_ + r;
-        if (stats[0] != kNone) sum += std::exp(stats[0] - top) * stats[rows_];
+        // Told by the sum, not by the maximum: a part that saw only NaN keeps its maximum at -inf.
+        if (stats[rows_] != S(0)) sum += std::exp(stats[0] - top) * stats[rows_];
       }
       Eigen::Map<RowVector<T>> row(out_ + i * out_stride_ + h * n_.value_dim, n_.value_dim);
       if (lse_ != nullptr) lse_[i * lse_stride_ + h] = sum == S(0) ? kNone : top + std::log(sum);
@@ -344,8 +345,8 @@ class DecodeRows {
       S* const total = const_cast<S*>(partial) + r * value_cols_;  // the first part becomes the sum
       Eigen::Map<Vector<S>> acc(total, n_.value_dim);
       for (Index x = 0; x < splits; ++x) {
-        const S m = partial[x * part + rows_ * value_cols_ + r];
-        const S weight = sum == S(0) || m == kNone ? S(0) : std::exp(m - top) / sum;
+        const S* const stats = partial + x * part + rows_ * value_cols_ + r;
+        const S weight = stats[rows_] == S(0) ? S(0) : std::exp(stats[0] - top) / sum;
         if (x == 0) {
           acc *= weight;
         } else if (weight != S(0)) {
@@ -395,13 +396,35 @@ AttentionSizes require_over_cache(const KvCache<T>& cache, const Q& query, const
   return n;
 }
 
-/// The rule of a cache: the caller's, and the window of a ring.
+/// A mask by reference: rules own what their functors own, and a step must not copy (and allocate) that.
+template <class M>
+struct MaskRef : MaskTag {
+  const M* mask;
+  explicit MaskRef(const M& m) : mask(&m) {}
+  bool operator()(Index i, Index j, Index h) const { return (*mask)(i, j, h); }
+  TileClass classify(Index i0, Index i1, Index j0, Index j1) const {
+    return detail::classify(*mask, i0, i1, j0, j1);
+  }
+  KeyRange key_range(Index i0, Index i1) const { return detail::key_range(*mask, i0, i1); }
+  template <class P>
+    requires HasMaskLanes<M, P>
+  P lanes(const P& irel, Index i0, Index j, Index h) const {
+    return mask->lanes(irel, i0, j, h);
+  }
+};
+
+/// The rule of a cache: the caller's, by reference, and the window of a ring.
+template <class Rule>
+struct CacheRule {
+  using mask_type = AndMask<MaskRef<typename Rule::mask_type>, WindowLeftMask>;
+  using score_type = typename Rule::score_type;
+  mask_type mask;
+  const score_type& score;
+};
 template <StorageScalar T, class Rule>
-auto cache_rule(const KvCache<T>& cache, const Rule& rule) {
-  constexpr Index kUnbounded = Index{1} << 60;
-  return attention_rule(
-      AndMask(rule.mask, WindowLeftMask(cache.ring() ? cache.options().window : kUnbounded)),
-      rule.score, rule.position);
+CacheRule<Rule> cache_rule(const KvCache<T>& cache, const Rule& rule) {
+  const Index window = cache.ring() ? cache.options().window : kWidestWindow;
+  return {{MaskRef<typename Rule::mask_type>(rule.mask), WindowLeftMask(window)}, rule.score};
 }
 
 /// The last rows of the cache ask; everything has been checked.
@@ -422,10 +445,12 @@ void attend_over_cache(KvCache<T>& cache, AttentionSizes n, const T* query, Inde
   AttentionShape local = shape;
   local.query_offset = cache.size() - n.queries;
   local.key_offset = cache.first();
-  Matrix<S> own_lse;
-  if (lse == nullptr) {
-    own_lse.resize(n.queries, n.heads);
-    lse = own_lse.data();
+  if (lse == nullptr) {  // the tiles need one: a piece of scratch that is no worker's
+    const int workers = executor.workers();
+    cache.workspace().prepare(workers + 1);
+    lse = cache.workspace()
+              .arena(workers, padded_bytes<S>(n.queries * n.heads))
+              .template take<S>(n.queries * n.heads);
     lse_stride = n.heads;
   }
   ForwardTiles<S, T, CacheSource<T>, Rule>(n, local, rule, tensors, query, query_stride,
@@ -449,6 +474,9 @@ void attention_over_cache(KvCache<T>& cache, const Q& query, O&& out, const Atte
   detail::require_score_heads(rule.score, n.heads);
   detail::require(n.queries <= cache.size() - cache.first(), "query has ", n.queries,
                   " rows, but the cache holds only ", cache.size() - cache.first(), " positions");
+  const Index whole = cache.size() - cache.first() - cache.options().window;
+  detail::require(cache.first() == 0 || n.queries <= whole, "query has ", n.queries,
+                  " rows, but the ring holds the whole window of the last ", whole, " only");
   if (lse != nullptr)
     detail::require_shape("lse", lse->rows(), lse->cols(), n.queries, n.heads, "queries x heads");
   const auto bounded = detail::cache_rule(cache, rule);

@@ -28,7 +28,7 @@ struct AttentionShape {
   Index heads = 1;         ///< query heads
   Index kv_heads = 0;      ///< key/value heads; 0 means as many as query heads
   Index query_offset = 0;  ///< absolute position of query row 0; may be negative
-  Index key_offset = 0;    ///< absolute position of key row 0
+  Index key_offset = 0;    ///< absolute position of key row 0, >= 0
   std::optional<double> scale =
       std::nullopt;  ///< default 1/sqrt(head_dim); 0 and negative values are legal
 };
@@ -127,6 +127,7 @@ inline AttentionSizes attention_sizes(Index query_rows, Index query_cols, Index 
   require_shape("key", key_rows, key_cols, key_rows, kv_heads * dim,
                 "cols = kv_heads * head_dim, head_dim as in query");
   require_shape("value", value_rows, value_cols, key_rows, value_cols, "one row per key");
+  require(shape.key_offset >= 0, "key_offset (", shape.key_offset, ") must not be negative");
   const double scale = shape.scale ? *shape.scale
                        : dim > 0   ? 1.0 / std::sqrt(static_cast<double>(dim))
                                    : 1.0;

@@ -60,9 +60,11 @@
 #define EIGENBLOCKS_ALWAYS_INLINE inline __attribute__((always_inline))
 // Follows a lambda's parameters in hot loops: g++ calls a lambda that has several call sites.
 #define EIGENBLOCKS_INLINE_LAMBDA __attribute__((always_inline))
+#define EIGENBLOCKS_RESTRICT __restrict__
 #else
 #define EIGENBLOCKS_NOINLINE
 #define EIGENBLOCKS_COLD
 #define EIGENBLOCKS_ALWAYS_INLINE inline
 #define EIGENBLOCKS_INLINE_LAMBDA
+#define EIGENBLOCKS_RESTRICT
 #endif

@@ -145,9 +145,9 @@ inline std::vector<std::byte> read_file(const std::string& path) {
 /// Errors: data_error if the folder does not exist or may not be written, or the disk is full.
 inline void replace_file(const std::string& path,
                          std::span<const std::span<const std::byte>> parts) {
-  static std::atomic<unsigned> serial{0};  // threads may save different states of one model
+  static std::atomic<unsigned> count{0};  // threads may save different states of one model
   const std::string temporary =
-      detail::join_text(path, ".", ::getpid(), ".", serial.fetch_add(1), ".tmp");
+      detail::join_text(path, ".", ::getpid(), ".", count.fetch_add(1), ".tmp");
   const int descriptor =
       ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode_t{0666});
   if (descriptor < 0) detail::raise_file_error("create", temporary, errno);

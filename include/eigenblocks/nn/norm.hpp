@@ -77,8 +77,9 @@ SquareSum<S> square_sum(const S* x, Index n, S mean, S floor) {
   S largest = std::sqrt(floor);
   for (Index j = 0; j < n; ++j) largest = std::max(largest, std::abs(x[j] - mean));
   if (std::isnan(sum) || std::isinf(largest)) return {Limits::quiet_NaN(), S(1)};
+  if (largest == S(0)) return {S(0), S(1)};
   constexpr int most = Limits::max_exponent - 4;
-  const S scale = std::ldexp(S(1), std::clamp(-std::ilogb(largest), -most, most));
+  const S scale = std::ldexp(S(1), -std::clamp(std::ilogb(largest), -most, most));
   return {square_sum_scaled(x, n, mean, scale), scale};
 }
 

@@ -18,14 +18,14 @@ constexpr Activation kKinds[] = {Activation::silu, Activation::gelu, Activation:
 /// In long double: a rounded argument in double would cost the tails x^2 ulp.
 double reference(Activation kind, double argument) {
   using Wide = long double;
-  const Wide x = argument;
+  const Wide x = static_cast<Wide>(argument);
   const auto sigmoid = [](Wide v) { return v < 0 ? std::exp(v) / (1 + std::exp(v)) : 1 / (1 + std::exp(-v)); };
   const auto value = [&]() -> Wide {
     switch (kind) {
       case Activation::silu: return x * sigmoid(x);
       case Activation::gelu: return x / 2 * std::erfc(-x / std::sqrt(Wide(2)));
       case Activation::gelu_tanh:
-        return x * sigmoid(2 * std::sqrt(2 / std::acos(Wide(-1))) * (x + Wide(0.044715) * x * x * x));
+        return x * sigmoid(2 * std::sqrt(2 / std::acos(Wide(-1))) * (x + static_cast<Wide>(0.044715) * x * x * x));
       case Activation::relu: return x > 0 ? x : 0;
       case Activation::sigmoid: return sigmoid(x);
     }
