@@ -40,8 +40,8 @@ struct Rows {
 
 /// Registers op; `streams` operand matrices move per call, `exps` exponentials are taken per entry.
 template <class S, class Prepare, class Run>
-void rows(const char* op, const char* pass, Index n, Index d, int streams, int exps, Prepare prepare,
-          Run run, Index heads = 1) {
+void rows(const char* op, const char* pass, Index n, Index d, int streams, int exps,
+          Prepare prepare, Run run, Index heads = 1) {
   const std::string name = std::string(op) + "/" + bench::scalar_name<S>() + "/" + pass +
                            "/N:" + std::to_string(n) + "/D:" + std::to_string(d) +
                            (heads > 1 ? "/H:" + std::to_string(heads) : "");
@@ -83,9 +83,7 @@ void row_ops(Index n, Index d) {
     rows<S>("rmsnorm", "forward", n, d, 2, 0, nothing, rms, heads);
     rows<S>(
         "rmsnorm", "backward", n, d, 3, 0, rms,
-        [=](auto& r) {
-          eb::rms_norm_backward(r.x, r.gain, r.saved, r.g, r.dx, r.dgain, options);
-        },
+        [=](auto& r) { eb::rms_norm_backward(r.x, r.gain, r.saved, r.g, r.dx, r.dgain, options); },
         heads);
   }
   const auto l2 = [](auto& r) { eb::l2_normalize_forward(r.x, r.y, r.saved); };
@@ -114,7 +112,8 @@ void linear(Index tokens, Index in, Index out) {
                              "/N:" + std::to_string(tokens) + "/K:" + std::to_string(in) +
                              "/D:" + std::to_string(out);
     benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) {
-      const auto x = bench::random_matrix<S>(tokens, in, 1), w = bench::random_matrix<S>(in, out, 2);
+      const auto x = bench::random_matrix<S>(tokens, in, 1),
+                 w = bench::random_matrix<S>(in, out, 2);
       eb::Matrix<S> y = bench::random_matrix<S>(tokens, out, 3), dx = x, dw = w;
       bench::measure(state,
                      {.flops = flops,
@@ -136,9 +135,10 @@ void sampling(const char* variant, const eb::SamplingOptions& options, Index voc
     eb::SamplingWorkspace<float> workspace;
     eb::Random random(1);
     const double count = static_cast<double>(vocabulary);
-    bench::measure(state, {.bytes = 4 * count, .limit = bench::exp_copy_limit<float>(count, 8 * count)},
-                   [&] { benchmark::DoNotOptimize(
-                             eb::sample_token(logits, random.uniform(), options, workspace)); });
+    bench::measure(
+        state, {.bytes = 4 * count, .limit = bench::exp_copy_limit<float>(count, 8 * count)}, [&] {
+          benchmark::DoNotOptimize(eb::sample_token(logits, random.uniform(), options, workspace));
+        });
   })->Unit(benchmark::kMicrosecond);
 }
 

@@ -216,7 +216,9 @@ EIGENBLOCKS_ALWAYS_INLINE P reduce_log2(const P& x, P& rounded, P& n) {
 EIGENBLOCKS_SIMD P exp2(const P& x) {
   using S = lane_t<P>;
   using B = detail::Bits<S>;
-#if defined(__AVX512F__) && !defined(EIGEN_DONT_VECTORIZE)
+#if defined(__AVX512F__) && !defined(EIGEN_DONT_VECTORIZE) && \
+    (defined(__OPTIMIZE__) ||                                 \
+     defined(__clang__))  // without -O, g++'s intrinsics are macros that warn
   // (the maskz forms with a full mask are the plain instructions; g++ 12 warns about its own plain intrinsics)
   if constexpr (sizeof(P) == 64 && std::is_same_v<S, float>) {  // scalef has every limit built in
     const __m512 n = _mm512_maskz_roundscale_ps(0xFFFF, x, _MM_FROUND_TO_NEAREST_INT);

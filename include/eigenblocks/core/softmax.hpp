@@ -32,6 +32,10 @@
 
 EIGENBLOCKS_NAMESPACE_BEGIN
 
+/// What the functions that return their result take: any Eigen matrix, array or expression of float or double.
+template <class D>
+concept RealExpression = detail::EigenDense<D> && RealScalar<typename D::Scalar>;
+
 // How this header and nn/ walk over rows.  A loop body is a generic callable body(j, io): it handles the packet that begins
 // at column j and reads and writes through io, so that the columns left over at the end of a row take the same
 // packet code.
@@ -136,16 +140,16 @@ template <class S, class Body>
 EIGENBLOCKS_ALWAYS_INLINE S sum_packets(Index n, Body&& body) {
   using P = simd::Packet<S>;
   return simd::sum(reduce_packets<S>(
-      n, S(0), [](const P& p, const P& q) EIGENBLOCKS_INLINE_LAMBDA { return simd::add(p, q); }, body));
+      n, S(0), [](const P& p, const P& q) EIGENBLOCKS_INLINE_LAMBDA { return simd::add(p, q); },
+      body));
 }
 
 /// Runs work(first_row, rows) over blocks of about 2^15 entries (some 10 us of work), cut by shape alone.
 template <class Work>
 void for_row_blocks(Index rows, Index cols, ExecutorRef executor, Work&& work) {
   const Index block = std::max<Index>(1, 32768 / std::max<Index>(1, cols));
-  executor.run((rows + block - 1) / block, [&](Index task, int) {
-    work(task * block, std::min(block, rows - task * block));
-  });
+  executor.run((rows + block - 1) / block,
+               [&](Index task, int) { work(task * block, std::min(block, rows - task * block)); });
 }
 
 /// e^t for t <= 0 (or barely above it); e^-inf = 0.
@@ -164,8 +168,10 @@ template <class S>
 S row_max(const S* x, Index n) {
   using P = simd::Packet<S>;
   const S m = simd::max_lane(reduce_packets<S>(
-      n, kMinusInfinity<S>, [](const P& p, const P& q) EIGENBLOCKS_INLINE_LAMBDA { return simd::max(p, q); },
-      [x](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA { return io.load(x + j, kMinusInfinity<S>); }));
+      n, kMinusInfinity<S>,
+      [](const P& p, const P& q) EIGENBLOCKS_INLINE_LAMBDA { return simd::max(p, q); },
+      [x](Index j, auto io)
+          EIGENBLOCKS_INLINE_LAMBDA { return io.load(x + j, kMinusInfinity<S>); }));
   if (m == kMinusInfinity<S>) [[unlikely]] {
     for (Index j = 0; j < n; ++j) {
       if (std::isnan(x[j])) return x[j];
@@ -197,7 +203,9 @@ void softmax_row(const S* x, S* p, Index n) {
     return e;
   });
   const auto scale = simd::set1<simd::Packet<S>>(S(1) / total);
-  for_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA { io.store(p + j, simd::mul(io.load(p + j), scale)); });
+  for_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
+    io.store(p + j, simd::mul(io.load(p + j), scale));
+  });
 }
 
 template <bool Select, class S>
@@ -208,8 +216,9 @@ void softmax_backward_row(const S* p, const S* dp, S* dx, Index n) {
     if constexpr (Select) return simd::select(simd::equal(q, none), none, simd::mul(q, g));
     return simd::mul(q, g);
   };
-  const S dot = sum_packets<S>(
-      n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA { return product(io.load(p + j), io.load(dp + j)); });
+  const S dot = sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
+    return product(io.load(p + j), io.load(dp + j));
+  });
   if (!Select && !std::isfinite(dot)) {  // perhaps only by 0 * NaN at a masked entry
     return softmax_backward_row<true>(p, dp, dx, n);
   }
@@ -277,10 +286,9 @@ void softmax_forward(const X& x, Y&& p, ExecutorRef executor = {}) {
 }
 
 /// The same by value, of any Eigen expression.
-template <class D>
-  requires RealScalar<typename D::Scalar>
-Matrix<typename D::Scalar> softmax(const Eigen::DenseBase<D>& x) {
-  Matrix<typename D::Scalar> p = x.derived();
+template <RealExpression D>
+Matrix<typename D::Scalar> softmax(const D& x) {
+  Matrix<typename D::Scalar> p = x;
   softmax_forward(p, p);
   return p;
 }
@@ -296,8 +304,8 @@ void softmax_backward(const Y& p, const G& dp, X&& dx, ExecutorRef executor = {}
   MatrixRef<S> to(dx);
   detail::for_row_blocks(p.rows(), p.cols(), executor, [&](Index first, Index rows) {
     for (Index i = first; i < first + rows; ++i) {
-      detail::softmax_backward_row<false>(value.row(i).data(), upstream.row(i).data(), to.row(i).data(),
-                                   value.cols());
+      detail::softmax_backward_row<false>(value.row(i).data(), upstream.row(i).data(),
+                                          to.row(i).data(), value.cols());
     }
   });
 }
@@ -318,10 +326,9 @@ void log_softmax_forward(const X& x, Y&& y, ExecutorRef executor = {}) {
 }
 
 /// The same by value, of any Eigen expression.
-template <class D>
-  requires RealScalar<typename D::Scalar>
-Matrix<typename D::Scalar> log_softmax(const Eigen::DenseBase<D>& x) {
-  Matrix<typename D::Scalar> y = x.derived();
+template <RealExpression D>
+Matrix<typename D::Scalar> log_softmax(const D& x) {
+  Matrix<typename D::Scalar> y = x;
   log_softmax_forward(y, y);
   return y;
 }
@@ -362,11 +369,10 @@ void logsumexp_forward(const X& x, VectorRef<scalar_t<X>> lse, ExecutorRef execu
 }
 
 /// The same by value, of any Eigen expression.
-template <class D>
-  requires RealScalar<typename D::Scalar>
-Vector<typename D::Scalar> logsumexp(const Eigen::DenseBase<D>& x) {
+template <RealExpression D>
+Vector<typename D::Scalar> logsumexp(const D& x) {
   using S = typename D::Scalar;
-  const Matrix<S> values = x.derived();
+  const Matrix<S> values = x;
   Vector<S> lse(values.rows());
   logsumexp_forward(values, lse);
   return lse;

@@ -79,7 +79,8 @@ struct ActivationMath {
  private:
   template <class P>
   static EIGENBLOCKS_ALWAYS_INLINE P times(const P& factor, const P& x) {
-    return simd::select(simd::equal(factor, simd::zero<P>()), simd::zero<P>(), simd::mul(factor, x));
+    return simd::select(simd::equal(factor, simd::zero<P>()), simd::zero<P>(),
+                        simd::mul(factor, x));
   }
 };
 
@@ -87,11 +88,16 @@ struct ActivationMath {
 template <class F>
 void with_activation(Activation kind, F&& f) {
   switch (kind) {
-    case Activation::silu: return f(ActivationMath<Activation::silu>{});
-    case Activation::gelu: return f(ActivationMath<Activation::gelu>{});
-    case Activation::gelu_tanh: return f(ActivationMath<Activation::gelu_tanh>{});
-    case Activation::relu: return f(ActivationMath<Activation::relu>{});
-    case Activation::sigmoid: return f(ActivationMath<Activation::sigmoid>{});
+    case Activation::silu:
+      return f(ActivationMath<Activation::silu>{});
+    case Activation::gelu:
+      return f(ActivationMath<Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return f(ActivationMath<Activation::gelu_tanh>{});
+    case Activation::relu:
+      return f(ActivationMath<Activation::relu>{});
+    case Activation::sigmoid:
+      return f(ActivationMath<Activation::sigmoid>{});
   }
   raise<invalid_argument>("activation (", static_cast<int>(kind), ") is not one of the five kinds");
 }
@@ -109,10 +115,9 @@ struct ActivationFunctor {
   }
 };
 
-template <Activation A, class D>
-  requires RealScalar<typename D::Scalar>
-auto activation_expression(const Eigen::DenseBase<D>& x) {
-  return Eigen::CwiseUnaryOp<ActivationFunctor<A>, const D>(x.derived());
+template <Activation A, RealExpression D>
+auto activation_expression(const D& x) {
+  return Eigen::CwiseUnaryOp<ActivationFunctor<A>, const D>(x);
 }
 
 }  // namespace detail
@@ -165,25 +170,25 @@ void activation_backward(Activation kind, const X& x, const G& dy, D&& dx,
   });
 }
 
-/// Lazy element-wise expressions of any Eigen matrix or array of float or double.
-template <class D>
-auto silu(const Eigen::DenseBase<D>& x) {
+/// Lazy element-wise expressions.
+template <RealExpression D>
+auto silu(const D& x) {
   return detail::activation_expression<Activation::silu>(x);
 }
-template <class D>
-auto gelu(const Eigen::DenseBase<D>& x) {
+template <RealExpression D>
+auto gelu(const D& x) {
   return detail::activation_expression<Activation::gelu>(x);
 }
-template <class D>
-auto gelu_tanh(const Eigen::DenseBase<D>& x) {
+template <RealExpression D>
+auto gelu_tanh(const D& x) {
   return detail::activation_expression<Activation::gelu_tanh>(x);
 }
-template <class D>
-auto relu(const Eigen::DenseBase<D>& x) {
+template <RealExpression D>
+auto relu(const D& x) {
   return detail::activation_expression<Activation::relu>(x);
 }
-template <class D>
-auto sigmoid(const Eigen::DenseBase<D>& x) {
+template <RealExpression D>
+auto sigmoid(const D& x) {
   return detail::activation_expression<Activation::sigmoid>(x);
 }
 

@@ -41,7 +41,8 @@ template <class R>
 concept TokenIds = requires(const R& ids) {
   requires std::integral<std::remove_cvref_t<decltype(*ids.data())>>;
   { ids.size() } -> std::convertible_to<std::size_t>;
-} && detail::kContiguousVector<R>;
+}
+&&detail::kContiguousVector<R>;
 
 namespace detail {
 

@@ -94,7 +94,8 @@ namespace detail {
 
 template <class X, class G, class U, class D>
 void require_glu_ffn(const X& x, const G& w_gate, const U& w_up, const D& w_down) {
-  require(w_gate.rows() == x.cols(), "w_gate has ", w_gate.rows(), " rows, x has ", x.cols(), " cols");
+  require(w_gate.rows() == x.cols(), "w_gate has ", w_gate.rows(), " rows, x has ", x.cols(),
+          " cols");
   require_shape("w_up", w_up.rows(), w_up.cols(), w_gate.rows(), w_gate.cols(), "shape of w_gate");
   require(w_down.rows() == w_gate.cols(), "w_down has ", w_down.rows(), " rows, w_gate has ",
           w_gate.cols(), " cols");
@@ -115,7 +116,8 @@ void glu_ffn_forward(const X& x, const G& w_gate, const U& w_up, const D& w_down
                      const GluFfnOptions& options = {}, ExecutorRef executor = {}) {
   using S = scalar_t<X>;
   detail::require_glu_ffn(x, w_gate, w_up, w_down);
-  detail::require_shape("y", y.rows(), y.cols(), x.rows(), w_down.cols(), "rows of x, cols of w_down");
+  detail::require_shape("y", y.rows(), y.cols(), x.rows(), w_down.cols(),
+                        "rows of x, cols of w_down");
   const Index tokens = x.rows(), width = w_gate.cols();
   saved.gate.resize(tokens, width);
   saved.up.resize(tokens, width);
@@ -129,15 +131,15 @@ void glu_ffn_forward(const X& x, const G& w_gate, const U& w_up, const D& w_down
 
 /// The same by value, for inference.
 template <MatrixLike X, MatrixLike G, MatrixLike U, MatrixLike D>
-  requires SameScalar<X, G, U, D> && RealScalar<scalar_t<X>>
-Matrix<scalar_t<X>> glu_ffn(const X& x, const G& w_gate, const U& w_up, const D& w_down,
-                            const GluFfnOptions& options = {}) {
-  Matrix<scalar_t<X>> y(x.rows(), w_down.cols());
-  GluFfnSaved<scalar_t<X>> saved;
-  Workspace workspace;
-  glu_ffn_forward(x, w_gate, w_up, w_down, y, saved, workspace, options);
-  return y;
-}
+  requires SameScalar<X, G, U, D> && RealScalar<scalar_t<X>> Matrix<scalar_t<X>> glu_ffn(
+      const X& x, const G& w_gate, const U& w_up, const D& w_down,
+      const GluFfnOptions& options = {}) {
+    Matrix<scalar_t<X>> y(x.rows(), w_down.cols());
+    GluFfnSaved<scalar_t<X>> saved;
+    Workspace workspace;
+    glu_ffn_forward(x, w_gate, w_up, w_down, y, saved, workspace, options);
+    return y;
+  }
 
 /// All gradients from saved, the operands of the forward pass, and dy; each has the shape of what it is the gradient of.
 template <MatrixLike X, MatrixLike G, MatrixLike U, MatrixLike D, MatrixLike DY, OutputMatrix DX,
@@ -150,7 +152,8 @@ void glu_ffn_backward(const GluFfnSaved<scalar_t<X>>& saved, const X& x, const G
   using S = scalar_t<X>;
   const Index tokens = x.rows(), width = w_gate.cols();
   detail::require_glu_ffn(x, w_gate, w_up, w_down);
-  const auto require = [](const char* name, const auto& m, Index rows, Index cols, const char* why) {
+  const auto require = [](const char* name, const auto& m, Index rows, Index cols,
+                          const char* why) {
     detail::require_shape(name, m.rows(), m.cols(), rows, cols, why);
   };
   require("saved.gate", saved.gate, tokens, width, "rows of x, cols of w_gate");

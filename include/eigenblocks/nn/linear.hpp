@@ -35,8 +35,9 @@ namespace detail {
 template <class Work>
 void for_product_blocks(Index rows, Index cols, Index depth, Index row_block, Index col_block,
                         ExecutorRef executor, Work&& work) {
-  const bool small = 2.0 * static_cast<double>(rows) * static_cast<double>(cols) *
-                         static_cast<double>(depth) < 8388608.0;
+  const bool small =
+      2.0 * static_cast<double>(rows) * static_cast<double>(cols) * static_cast<double>(depth) <
+      8388608.0;
   const auto count = [small](Index size, Index block) {
     return small ? 1 : std::max<Index>(1, (size + block / 2) / block);
   };
@@ -44,7 +45,8 @@ void for_product_blocks(Index rows, Index cols, Index depth, Index row_block, In
   executor.run(down * across, [&](Index task, int) {
     const Index i = task / across, j = task % across;
     const Index row = i * row_block, col = j * col_block;
-    work(row, i + 1 == down ? rows - row : row_block, col, j + 1 == across ? cols - col : col_block);
+    work(row, i + 1 == down ? rows - row : row_block, col,
+         j + 1 == across ? cols - col : col_block);
   });
 }
 
@@ -63,16 +65,17 @@ void for_weight_blocks(Index rows, Index cols, Index depth, ExecutorRef executor
 template <RealScalar S>
 void linear_product(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& weight,
                     const ConstVectorRef<S>* bias, MatrixRef<S> y, ExecutorRef executor) {
-  require(weight.rows() == x.cols(), "weight has ", weight.rows(), " rows, x has ", x.cols(), " cols");
+  require(weight.rows() == x.cols(), "weight has ", weight.rows(), " rows, x has ", x.cols(),
+          " cols");
   require_shape("y", y.rows(), y.cols(), x.rows(), weight.cols(), "rows of x, cols of weight");
   if (bias != nullptr) require_size("bias", bias->size(), weight.cols(), "cols of weight");
-  for_activation_blocks(
-      y.rows(), y.cols(), x.cols(), executor, [&](Index i, Index rows, Index j, Index cols) {
-        MatrixRef<S> block = y.block(i, j, rows, cols);
-        if (bias != nullptr) block.rowwise() = bias->segment(j, cols).transpose();
-        product_nn<S>(x.middleRows(i, rows), weight.middleCols(j, cols), block,
-                      bias != nullptr ? Write::add : Write::set);
-      });
+  for_activation_blocks(y.rows(), y.cols(), x.cols(), executor,
+                        [&](Index i, Index rows, Index j, Index cols) {
+                          MatrixRef<S> block = y.block(i, j, rows, cols);
+                          if (bias != nullptr) block.rowwise() = bias->segment(j, cols).transpose();
+                          product_nn<S>(x.middleRows(i, rows), weight.middleCols(j, cols), block,
+                                        bias != nullptr ? Write::add : Write::set);
+                        });
 }
 
 template <RealScalar S>
@@ -80,11 +83,11 @@ void linear_input(const ConstMatrixRef<S>& dy, const ConstMatrixRef<S>& weight, 
                   Write write, ExecutorRef executor) {
   require(dy.cols() == weight.cols(), "dy has ", dy.cols(), " cols, weight has ", weight.cols());
   require_shape("dx", dx.rows(), dx.cols(), dy.rows(), weight.rows(), "rows of dy, rows of weight");
-  for_activation_blocks(
-      dx.rows(), dx.cols(), dy.cols(), executor, [&](Index i, Index rows, Index j, Index cols) {
-        product_nt<S>(dy.middleRows(i, rows), weight.middleRows(j, cols),
-                      dx.block(i, j, rows, cols), write);
-      });
+  for_activation_blocks(dx.rows(), dx.cols(), dy.cols(), executor,
+                        [&](Index i, Index rows, Index j, Index cols) {
+                          product_nt<S>(dy.middleRows(i, rows), weight.middleRows(j, cols),
+                                        dx.block(i, j, rows, cols), write);
+                        });
 }
 
 template <RealScalar S>
@@ -93,12 +96,11 @@ void linear_weight(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& dy, Matr
   require(dy.rows() == x.rows(), "dy has ", dy.rows(), " rows, x has ", x.rows());
   require_shape("dweight", dweight.rows(), dweight.cols(), x.cols(), dy.cols(),
                 "cols of x, cols of dy");
-  for_weight_blocks(
-      dweight.rows(), dweight.cols(), x.rows(), executor,
-      [&](Index i, Index rows, Index j, Index cols) {
-        product_tn<S>(x.middleCols(i, rows), dy.middleCols(j, cols),
-                      dweight.block(i, j, rows, cols), write);
-      });
+  for_weight_blocks(dweight.rows(), dweight.cols(), x.rows(), executor,
+                    [&](Index i, Index rows, Index j, Index cols) {
+                      product_tn<S>(x.middleCols(i, rows), dy.middleCols(j, cols),
+                                    dweight.block(i, j, rows, cols), write);
+                    });
 }
 
 template <RealScalar S>
@@ -138,21 +140,21 @@ void linear_forward(const X& x, const W& weight, const ConstVectorRef<scalar_t<X
 
 /// x W by value.
 template <MatrixLike X, MatrixLike W>
-  requires SameScalar<X, W> && RealScalar<scalar_t<X>>
-Matrix<scalar_t<X>> linear(const X& x, const W& weight) {
-  Matrix<scalar_t<X>> y(x.rows(), weight.cols());
-  linear_forward(x, weight, y);
-  return y;
-}
+  requires SameScalar<X, W> && RealScalar<scalar_t<X>> Matrix<scalar_t<X>> linear(const X& x,
+                                                                                  const W& weight) {
+    Matrix<scalar_t<X>> y(x.rows(), weight.cols());
+    linear_forward(x, weight, y);
+    return y;
+  }
 
 /// x W + b by value.
 template <MatrixLike X, MatrixLike W>
-  requires SameScalar<X, W> && RealScalar<scalar_t<X>>
-Matrix<scalar_t<X>> linear(const X& x, const W& weight, const ConstVectorRef<scalar_t<X>>& bias) {
-  Matrix<scalar_t<X>> y(x.rows(), weight.cols());
-  linear_forward(x, weight, bias, y);
-  return y;
-}
+  requires SameScalar<X, W> && RealScalar<scalar_t<X>> Matrix<scalar_t<X>> linear(
+      const X& x, const W& weight, const ConstVectorRef<scalar_t<X>>& bias) {
+    Matrix<scalar_t<X>> y(x.rows(), weight.cols());
+    linear_forward(x, weight, bias, y);
+    return y;
+  }
 
 /// dx = dy W^T; dy is T x out, weight in x out, dx T x in.
 template <MatrixLike G, MatrixLike W, OutputMatrix D>

@@ -73,11 +73,11 @@ SquareSum<S> square_sum(const S* x, Index n, S mean, S floor) {
   using Limits = std::numeric_limits<S>;
   constexpr S tiny = Limits::min() / Limits::epsilon();
   const S sum = square_sum_scaled(x, n, mean, S(1));
-  if (sum <= Limits::max() && sum + floor >= tiny) [[likely]] return {sum, S(1)};
+  if (sum <= Limits::max() && sum + floor >= tiny) [[likely]]
+    return {sum, S(1)};
   S largest = std::sqrt(floor);
   for (Index j = 0; j < n; ++j) largest = std::max(largest, std::abs(x[j] - mean));
   if (std::isnan(sum) || std::isinf(largest)) return {Limits::quiet_NaN(), S(1)};
-  if (largest == S(0)) return {S(0), S(1)};
   constexpr int most = Limits::max_exponent - 4;
   const S scale = std::ldexp(S(1), -std::clamp(std::ilogb(largest), -most, most));
   return {square_sum_scaled(x, n, mean, scale), scale};
@@ -94,10 +94,14 @@ S reciprocal_rms(const S* x, Index n, S mean, S eps) {
 template <class S>
 S row_mean(const S* x, Index n) {
   const S count = static_cast<S>(n);
-  const S sum = sum_packets<S>(n, [x](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA { return io.load(x + j); });
-  if (std::isfinite(sum)) [[likely]] return sum / count;
+  const S sum =
+      sum_packets<S>(n, [x](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA { return io.load(x + j); });
+  if (std::isfinite(sum)) [[likely]]
+    return sum / count;
   const auto part = simd::set1<simd::Packet<S>>(S(1) / count);
-  return sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA { return simd::mul(io.load(x + j), part); });
+  return sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
+    return simd::mul(io.load(x + j), part);
+  });
 }
 
 /// 1 / max(|x|, eps).
@@ -121,13 +125,14 @@ void scale_row(const S* x, const S* w, const S* b, S* y, Index n, S mean, S r) {
   if (w == nullptr && b == nullptr) {
     pass([](const P& h, Index, auto) EIGENBLOCKS_INLINE_LAMBDA { return h; });
   } else if (b == nullptr) {
-    pass([w](const P& h, Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA { return simd::mul(h, io.load(w + j)); });
+    pass([w](const P& h, Index j, auto io)
+             EIGENBLOCKS_INLINE_LAMBDA { return simd::mul(h, io.load(w + j)); });
   } else if (w == nullptr) {
-    pass([b](const P& h, Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA { return simd::add(h, io.load(b + j)); });
+    pass([b](const P& h, Index j, auto io)
+             EIGENBLOCKS_INLINE_LAMBDA { return simd::add(h, io.load(b + j)); });
   } else {
-    pass([w, b](const P& h, Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
-      return simd::fma(h, io.load(w + j), io.load(b + j));
-    });
+    pass([w, b](const P& h, Index j, auto io)
+             EIGENBLOCKS_INLINE_LAMBDA { return simd::fma(h, io.load(w + j), io.load(b + j)); });
   }
 }
 
@@ -152,8 +157,9 @@ void norm_backward_row(const S* x, const S* w, const S* dy, S* dx, S* dw_sum, S*
     if constexpr (Gain) return simd::mul(io.load(w + j), io.load(dy + j));
     return io.load(dy + j);
   };
-  const S product = sum_packets<S>(
-      n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA { return simd::mul(upstream(j, io), normalised(j, io)); });
+  const S product = sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
+    return simd::mul(upstream(j, io), normalised(j, io));
+  });
   const S sum = row.centred ? sum_packets<S>(n, upstream) : S(0);
   const P along = simd::set1<P>(product * row.along);
   const P level = simd::set1<P>(sum / static_cast<S>(n));
@@ -305,12 +311,10 @@ void rms_norm_forward(const X& x, const ConstVectorRef<scalar_t<X>>& gain, Y&& y
 }
 
 /// The same by value, of any Eigen expression.
-template <class D>
-  requires RealScalar<typename D::Scalar>
-Matrix<typename D::Scalar> rms_norm(const Eigen::DenseBase<D>& x,
-                                    const ConstVectorRef<typename D::Scalar>& gain,
+template <RealExpression D>
+Matrix<typename D::Scalar> rms_norm(const D& x, const ConstVectorRef<typename D::Scalar>& gain,
                                     const RmsNormOptions& options = {}) {
-  Matrix<typename D::Scalar> y = x.derived();
+  Matrix<typename D::Scalar> y = x;
   rms_norm_forward(y, gain, y, options);
   return y;
 }
@@ -333,7 +337,9 @@ void rms_norm_backward(const X& x, const ConstVectorRef<scalar_t<X>>& gain,
   const S along = S(1) / static_cast<S>(x.cols() / heads);
   Vector<S> none;
   detail::norm_backward<S>(x, gain, rstd.data(), dy, dx, dgain, none, heads, executor,
-                           [along](const S*, S r) { return detail::NormRow<S>{S(0), r, along}; });
+                           [along](const S*, S r) {
+                             return detail::NormRow<S>{S(0), r, along};
+                           });
 }
 
 /// y = gain * (x - mean) r + bias, and r in rstd (T * heads entries) for the backward pass.
@@ -341,9 +347,8 @@ void rms_norm_backward(const X& x, const ConstVectorRef<scalar_t<X>>& gain,
 template <MatrixLike X, OutputMatrix Y>
   requires SameScalar<X, Y> && RealScalar<scalar_t<X>>
 void layer_norm_forward(const X& x, const ConstVectorRef<scalar_t<X>>& gain,
-                        const ConstVectorRef<scalar_t<X>>& bias, Y&& y,
-                        VectorRef<scalar_t<X>> rstd, const LayerNormOptions& options = {},
-                        ExecutorRef executor = {}) {
+                        const ConstVectorRef<scalar_t<X>>& bias, Y&& y, VectorRef<scalar_t<X>> rstd,
+                        const LayerNormOptions& options = {}, ExecutorRef executor = {}) {
   detail::require_per_group("rstd", rstd.size(), x.rows(), options.heads);
   detail::layer_norm<scalar_t<X>>(x, gain, bias, y, rstd.data(), options, executor);
 }
@@ -358,13 +363,11 @@ void layer_norm_forward(const X& x, const ConstVectorRef<scalar_t<X>>& gain,
 }
 
 /// The same by value, of any Eigen expression.
-template <class D>
-  requires RealScalar<typename D::Scalar>
-Matrix<typename D::Scalar> layer_norm(const Eigen::DenseBase<D>& x,
-                                      const ConstVectorRef<typename D::Scalar>& gain,
+template <RealExpression D>
+Matrix<typename D::Scalar> layer_norm(const D& x, const ConstVectorRef<typename D::Scalar>& gain,
                                       const ConstVectorRef<typename D::Scalar>& bias,
                                       const LayerNormOptions& options = {}) {
-  Matrix<typename D::Scalar> y = x.derived();
+  Matrix<typename D::Scalar> y = x;
   layer_norm_forward(y, gain, bias, y, options);
   return y;
 }
@@ -412,11 +415,9 @@ void l2_normalize_forward(const X& x, Y&& y, const L2NormalizeOptions& options =
 }
 
 /// The same by value, of any Eigen expression.
-template <class D>
-  requires RealScalar<typename D::Scalar>
-Matrix<typename D::Scalar> l2_normalize(const Eigen::DenseBase<D>& x,
-                                        const L2NormalizeOptions& options = {}) {
-  Matrix<typename D::Scalar> y = x.derived();
+template <RealExpression D>
+Matrix<typename D::Scalar> l2_normalize(const D& x, const L2NormalizeOptions& options = {}) {
+  Matrix<typename D::Scalar> y = x;
   l2_normalize_forward(y, y, options);
   return y;
 }

@@ -54,8 +54,10 @@ inline void require_sampling(const SamplingOptions& options) {
   require(options.temperature > 0 && std::isfinite(options.temperature), "temperature (",
           options.temperature, ") must be positive and finite (greedy decoding: argmax)");
   require(options.top_k >= 0, "top_k (", options.top_k, ") must not be negative");
-  require(options.top_p >= 0 && options.top_p <= 1, "top_p (", options.top_p, ") must be in [0, 1]");
-  require(options.min_p >= 0 && options.min_p <= 1, "min_p (", options.min_p, ") must be in [0, 1]");
+  require(options.top_p >= 0 && options.top_p <= 1, "top_p (", options.top_p,
+          ") must be in [0, 1]");
+  require(options.min_p >= 0 && options.min_p <= 1, "min_p (", options.min_p,
+          ") must be in [0, 1]");
 }
 
 /// The largest logit; domain_error unless it is finite and nothing is NaN.
@@ -113,11 +115,10 @@ void keep_nucleus(const S* logits, S* p, Index n, double top_p, std::vector<Inde
   while (above < target && bar > 0) {
     bar = bar > std::numeric_limits<S>::min() * 64 ? bar / 16 : S(0);
     const P level = simd::set1<P>(bar);
-    above = static_cast<double>(
-        sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
-          const P value = io.load(p + j);
-          return simd::select(simd::less(value, level), simd::zero<P>(), value);
-        }));
+    above = static_cast<double>(sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
+      const P value = io.load(p + j);
+      return simd::select(simd::less(value, level), simd::zero<P>(), value);
+    }));
   }
   order.clear();
   for (Index j = 0; j < n; ++j) {
@@ -147,8 +148,8 @@ void sampling_probs(const S* logits, S* p, Index n, const SamplingOptions& optio
                        ? kth_largest(logits, n, options.top_k, workspace.values)
                        : kMinusInfinity<S>;
   const P shift = simd::set1<P>(largest), floor = simd::set1<P>(lowest);
-  const P inverse = simd::set1<P>(static_cast<S>(std::min(
-      1 / options.temperature, static_cast<double>(std::numeric_limits<S>::max()))));
+  const P inverse = simd::set1<P>(static_cast<S>(
+      std::min(1 / options.temperature, static_cast<double>(std::numeric_limits<S>::max()))));
   for_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
     const P z = io.load(logits + j, kMinusInfinity<S>);
     const P e = exp_nonpositive(simd::mul(simd::sub(z, shift), inverse));
@@ -166,7 +167,8 @@ void sampling_probs(const S* logits, S* p, Index n, const SamplingOptions& optio
 }
 
 template <class V>
-concept RealVector = EigenDense<V> && bool(V::IsVectorAtCompileTime) && RealScalar<typename V::Scalar>;
+concept RealVector =
+    EigenDense<V> && bool(V::IsVectorAtCompileTime) && RealScalar<typename V::Scalar>;
 
 }  // namespace detail
 

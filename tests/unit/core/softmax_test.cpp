@@ -19,9 +19,9 @@ template <class S>
 constexpr S kNaN = std::numeric_limits<S>::quiet_NaN();
 
 // 0, 1, primes, and every side of the packet and four-packet borders of 4, 8 and 16 lanes.
-constexpr std::pair<Index, Index> kShapes[] = {{0, 5},  {3, 0},  {1, 1},  {2, 3},   {3, 7},   {2, 8},
-                                               {2, 15}, {2, 16}, {2, 17}, {3, 31},  {2, 33},  {1, 63},
-                                               {2, 64}, {2, 65}, {1, 97}, {2, 257}, {37, 1000}};
+constexpr std::pair<Index, Index> kShapes[] = {
+    {0, 5},  {3, 0},  {1, 1},  {2, 3},  {3, 7},  {2, 8},  {2, 15},  {2, 16},   {2, 17},
+    {3, 31}, {2, 33}, {1, 63}, {2, 64}, {2, 65}, {1, 97}, {2, 257}, {37, 1000}};
 
 /// The textbook in double, row by row.
 struct Reference {
@@ -53,8 +53,8 @@ bool all_nan(const auto& m) {
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("softmax, log_softmax and logsumexp are the textbook, in gapped views too", S, float,
-                   double) {
+TEST_CASE_TEMPLATE("softmax, log_softmax and logsumexp are the textbook, in gapped views too", S,
+                   float, double) {
   const double eps = double(std::numeric_limits<S>::epsilon());
   Random random(1);
   for (const auto& s : kShapes) {
@@ -83,7 +83,8 @@ TEST_CASE_TEMPLATE("softmax, log_softmax and logsumexp are the textbook, in gapp
         const double ulps = 8 + 2 * std::abs(double(x(i, j)) - largest) + double(cols) / 16;
         CHECK(std::abs(double(p(i, j)) - want.p(i, j)) <= ulps * eps * want.p(i, j));
         const double size = std::abs(double(x(i, j))) + std::abs(largest) + std::log(double(cols));
-        CHECK(std::abs(double(log_p(i, j)) - want.log_p(i, j)) <= (8 + double(cols) / 16) * eps * (1 + size));
+        CHECK(std::abs(double(log_p(i, j)) - want.log_p(i, j)) <=
+              (8 + double(cols) / 16) * eps * (1 + size));
       }
       CHECK(std::abs(double(lse[i]) - want.lse[i]) <=
             (8 + double(cols) / 16) * eps * (1 + std::abs(want.lse[i])));
@@ -156,7 +157,8 @@ TEST_CASE_TEMPLATE("softmax: masked entries and rows are exact", S, float, doubl
   }
 }
 
-TEST_CASE_TEMPLATE("softmax: NaN and +inf make their row NaN, wherever they are", S, float, double) {
+TEST_CASE_TEMPLATE("softmax: NaN and +inf make their row NaN, wherever they are", S, float,
+                   double) {
   Random random(4);
   for (const Index cols : {1, 3, 16, 67}) {
     for (Index at = 0; at < cols; ++at) {

@@ -12,22 +12,29 @@ using namespace eigenblocks;
 
 namespace {
 
-constexpr Activation kKinds[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu,
-                                 Activation::sigmoid};
+constexpr Activation kKinds[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh,
+                                 Activation::relu, Activation::sigmoid};
 
 /// In long double: a rounded argument in double would cost the tails x^2 ulp.
 double reference(Activation kind, double argument) {
   using Wide = long double;
   const Wide x = static_cast<Wide>(argument);
-  const auto sigmoid = [](Wide v) { return v < 0 ? std::exp(v) / (1 + std::exp(v)) : 1 / (1 + std::exp(-v)); };
+  const auto sigmoid = [](Wide v) {
+    return v < 0 ? std::exp(v) / (1 + std::exp(v)) : 1 / (1 + std::exp(-v));
+  };
   const auto value = [&]() -> Wide {
     switch (kind) {
-      case Activation::silu: return x * sigmoid(x);
-      case Activation::gelu: return x / 2 * std::erfc(-x / std::sqrt(Wide(2)));
+      case Activation::silu:
+        return x * sigmoid(x);
+      case Activation::gelu:
+        return x / 2 * std::erfc(-x / std::sqrt(Wide(2)));
       case Activation::gelu_tanh:
-        return x * sigmoid(2 * std::sqrt(2 / std::acos(Wide(-1))) * (x + static_cast<Wide>(0.044715) * x * x * x));
-      case Activation::relu: return x > 0 ? x : 0;
-      case Activation::sigmoid: return sigmoid(x);
+        return x * sigmoid(2 * std::sqrt(2 / std::acos(Wide(-1))) *
+                           (x + static_cast<Wide>(0.044715) * x * x * x));
+      case Activation::relu:
+        return x > 0 ? x : 0;
+      case Activation::sigmoid:
+        return sigmoid(x);
     }
     return 0;
   };
@@ -36,7 +43,8 @@ double reference(Activation kind, double argument) {
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("activations are the textbook at every width, tails included", S, float, double) {
+TEST_CASE_TEMPLATE("activations are the textbook at every width, tails included", S, float,
+                   double) {
   // Up to 24 ulp where the result is a normal number, its limit below that; in the lower tail of gelu_tanh the rounding
   // of the exponent e counts |e| times.
   const double eps = double(std::numeric_limits<S>::epsilon());
@@ -45,7 +53,8 @@ TEST_CASE_TEMPLATE("activations are the textbook at every width, tails included"
   for (const Activation kind : kKinds) {
     CAPTURE(static_cast<int>(kind));
     for (const Index cols : {0, 1, 3, 8, 15, 16, 17, 31, 100}) {
-      Matrix<S> frame = normal_matrix<S>(random, 3, cols + 4, 4.0), out = Matrix<S>::Constant(3, cols + 4, S(7));
+      Matrix<S> frame = normal_matrix<S>(random, 3, cols + 4, 4.0),
+                out = Matrix<S>::Constant(3, cols + 4, S(7));
       const auto x = frame.middleCols(1, cols);
       auto y = out.middleCols(2, cols);
       activation_forward(kind, x, y);
@@ -107,9 +116,11 @@ TEST_CASE("activation gradients against finite differences") {
   }
 }
 
-TEST_CASE_TEMPLATE("activations: in place, on threads and as expressions the same bits", S, float, double) {
+TEST_CASE_TEMPLATE("activations: in place, on threads and as expressions the same bits", S, float,
+                   double) {
   Random random(3);
-  const Matrix<S> x = normal_matrix<S>(random, 50, 1040, 3.0), dy = normal_matrix<S>(random, 50, 1040);
+  const Matrix<S> x = normal_matrix<S>(random, 50, 1040, 3.0),
+                  dy = normal_matrix<S>(random, 50, 1040);
   const thread_pool pool(3);
   for (const Activation kind : kKinds) {
     Matrix<S> y(50, 1040), dx(50, 1040), again = x;
@@ -124,11 +135,21 @@ TEST_CASE_TEMPLATE("activations: in place, on threads and as expressions the sam
     activation_backward(kind, again, dy, again);
     CHECK(again == dx);
     switch (kind) {
-      case Activation::silu: again = silu(x); break;
-      case Activation::gelu: again = gelu(x); break;
-      case Activation::gelu_tanh: again = gelu_tanh(x); break;
-      case Activation::relu: again = relu(x); break;
-      case Activation::sigmoid: again = sigmoid(x); break;
+      case Activation::silu:
+        again = silu(x);
+        break;
+      case Activation::gelu:
+        again = gelu(x);
+        break;
+      case Activation::gelu_tanh:
+        again = gelu_tanh(x);
+        break;
+      case Activation::relu:
+        again = relu(x);
+        break;
+      case Activation::sigmoid:
+        again = sigmoid(x);
+        break;
     }
     CHECK(again == y);
   }
@@ -136,7 +157,8 @@ TEST_CASE_TEMPLATE("activations: in place, on threads and as expressions the sam
 
 TEST_CASE("activation expressions compose with Eigen, fixed sizes and any order") {
   Random random(4);
-  const Matrix<float> a = normal_matrix<float>(random, 5, 11), b = normal_matrix<float>(random, 5, 11);
+  const Matrix<float> a = normal_matrix<float>(random, 5, 11),
+                      b = normal_matrix<float>(random, 5, 11);
   const Matrix<float> h = silu(a.array()) * b.array() + 1;
   const double eps = double(std::numeric_limits<float>::epsilon());
   for (Index i = 0; i < 5; ++i) {
@@ -155,8 +177,10 @@ TEST_CASE("activation expressions compose with Eigen, fixed sizes and any order"
   const Eigen::Array<double, 3, 1> three(-1., 0., 2.);
   const Eigen::Array4f y4 = silu(four);
   const Eigen::Array<double, 3, 1> y3 = gelu(three);
-  for (Index i = 0; i < 4; ++i) CHECK(double(y4[i]) == doctest::Approx(reference(Activation::silu, double(four[i]))));
-  for (Index i = 0; i < 3; ++i) CHECK(y3[i] == doctest::Approx(reference(Activation::gelu, three[i])));
+  for (Index i = 0; i < 4; ++i)
+    CHECK(double(y4[i]) == doctest::Approx(reference(Activation::silu, double(four[i]))));
+  for (Index i = 0; i < 3; ++i)
+    CHECK(y3[i] == doctest::Approx(reference(Activation::gelu, three[i])));
 }
 
 TEST_CASE("activations refuse shapes that differ and unknown kinds, before writing") {
@@ -168,6 +192,7 @@ TEST_CASE("activations refuse shapes that differ and unknown kinds, before writi
   CHECK_THROWS_WITH_AS(activation_backward(Activation::silu, x, x, y),
                        "eigenblocks: dx is 2 x 2, expected 2 x 3 (shape of x)", invalid_argument);
   CHECK_THROWS_WITH_AS(activation_forward(static_cast<Activation>(9), x, x),
-                       "eigenblocks: activation (9) is not one of the five kinds", invalid_argument);
+                       "eigenblocks: activation (9) is not one of the five kinds",
+                       invalid_argument);
   CHECK((y.array() == 5.f).all());
 }

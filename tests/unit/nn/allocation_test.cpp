@@ -52,15 +52,20 @@ long allocations_of(F&& f) {
 
 TEST_CASE("the counter counts") {
 #if defined(COUNTS_MALLOC)
-  CHECK(allocations_of([] { Matrix<float> m(100, 100); m.setZero(); CHECK(m(3, 3) == 0.f); }) >= 1);
+  CHECK(allocations_of([] {
+          Matrix<float> m(100, 100);
+          m.setZero();
+          CHECK(m(3, 3) == 0.f);
+        }) >= 1);
 #endif
 }
 
 TEST_CASE_TEMPLATE("one token allocates nothing once the workspaces are made", S, float, double) {
   Random random(1);
   const Index d = 96, f = 256, vocabulary = 1009;
-  const Matrix<S> table = normal_matrix<S>(random, vocabulary, d), wg = normal_matrix<S>(random, d, f),
-                  wu = normal_matrix<S>(random, d, f), wd = normal_matrix<S>(random, f, d),
+  const Matrix<S> table = normal_matrix<S>(random, vocabulary, d),
+                  wg = normal_matrix<S>(random, d, f), wu = normal_matrix<S>(random, d, f),
+                  wd = normal_matrix<S>(random, f, d),
                   head = normal_matrix<S>(random, d, vocabulary);
   const Vector<S> gain = normal_matrix<S>(random, d, 1);
   Matrix<S> x(1, d), y(1, d), logits(1, vocabulary);
@@ -89,8 +94,9 @@ TEST_CASE_TEMPLATE("one token allocates nothing once the workspaces are made", S
 TEST_CASE("whole passes allocate only what they document") {
   Random random(2);
   const Index tokens = 40, d = 24, f = 32;
-  const Matrix<float> x = normal_matrix<float>(random, tokens, d), dy = x, wg = normal_matrix<float>(random, d, f),
-                      wu = wg, wd = normal_matrix<float>(random, f, d);
+  const Matrix<float> x = normal_matrix<float>(random, tokens, d), dy = x,
+                      wg = normal_matrix<float>(random, d, f), wu = wg,
+                      wd = normal_matrix<float>(random, f, d);
   const Vector<float> gain = Vector<float>::Ones(d);
   Matrix<float> y = x, dx = x, dwg = wg, dwu = wu, dwd = wd;
   Vector<float> r(tokens), dgain(d), dbias(d);

@@ -11,11 +11,15 @@
 
 using namespace eigenblocks;
 
-static_assert(TokenIds<std::vector<int>> && TokenIds<std::span<const std::uint16_t>> && TokenIds<Eigen::VectorXi>);
-static_assert(!TokenIds<std::vector<float>> && !TokenIds<Eigen::Matrix<float, 3, 1>> && !TokenIds<Eigen::MatrixXi>);
-static_assert(!TokenIds<decltype(std::declval<Matrix<int>&>().col(0))>, "a strided column is not contiguous");
+static_assert(TokenIds<std::vector<int>> && TokenIds<std::span<const std::uint16_t>> &&
+              TokenIds<Eigen::VectorXi>);
+static_assert(!TokenIds<std::vector<float>> && !TokenIds<Eigen::Matrix<float, 3, 1>> &&
+              !TokenIds<Eigen::MatrixXi>);
+static_assert(!TokenIds<decltype(std::declval<Matrix<int>&>().col(0))>,
+              "a strided column is not contiguous");
 
-TEST_CASE_TEMPLATE("embedding copies rows and adds gradients in the order of positions", S, float, double) {
+TEST_CASE_TEMPLATE("embedding copies rows and adds gradients in the order of positions", S, float,
+                   double) {
   Random random(1);
   for (const Index d : {0, 1, 5, 16, 33, 300}) {
     CAPTURE(d);
@@ -72,19 +76,23 @@ TEST_CASE("embedding: any contiguous ids, views of tables, 16-bit tables, no tok
 TEST_CASE("embedding refuses ids and shapes that do not fit, before writing") {
   const Matrix<float> table = Matrix<float>::Zero(4, 3);
   Matrix<float> y = Matrix<float>::Constant(2, 3, 5.f), dtable = Matrix<float>::Constant(4, 3, 5.f);
-  CHECK_THROWS_WITH_AS(embedding_forward(table, std::vector{0, 4}, y), "eigenblocks: ids[1] (4) is outside [0, 4)",
-                       std::out_of_range);
-  CHECK_THROWS_WITH_AS(embedding_forward(table, std::vector{-1, 0}, y), "eigenblocks: ids[0] (-1) is outside [0, 4)",
-                       std::out_of_range);
-  CHECK_THROWS_AS(embedding_forward(table, std::vector<std::uint64_t>{0, ~std::uint64_t{0}}, y), std::out_of_range);
-  CHECK_THROWS_WITH_AS(embedding_backward(std::vector{0, 9}, y, dtable), "eigenblocks: ids[1] (9) is outside [0, 4)",
-                       std::out_of_range);
+  CHECK_THROWS_WITH_AS(embedding_forward(table, std::vector{0, 4}, y),
+                       "eigenblocks: ids[1] (4) is outside [0, 4)", std::out_of_range);
+  CHECK_THROWS_WITH_AS(embedding_forward(table, std::vector{-1, 0}, y),
+                       "eigenblocks: ids[0] (-1) is outside [0, 4)", std::out_of_range);
+  CHECK_THROWS_AS(embedding_forward(table, std::vector<std::uint64_t>{0, ~std::uint64_t{0}}, y),
+                  std::out_of_range);
+  CHECK_THROWS_WITH_AS(embedding_backward(std::vector{0, 9}, y, dtable),
+                       "eigenblocks: ids[1] (9) is outside [0, 4)", std::out_of_range);
   CHECK_THROWS_WITH_AS(embedding_forward(table, std::vector{0}, y),
-                       "eigenblocks: y is 2 x 3, expected 1 x 3 (number of ids, cols of table)", invalid_argument);
+                       "eigenblocks: y is 2 x 3, expected 1 x 3 (number of ids, cols of table)",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(embedding_backward(std::vector{0}, y, dtable),
-                       "eigenblocks: dy is 2 x 3, expected 1 x 3 (number of ids, cols of dtable)", invalid_argument);
+                       "eigenblocks: dy is 2 x 3, expected 1 x 3 (number of ids, cols of dtable)",
+                       invalid_argument);
   CHECK_THROWS_WITH_AS(embedding_accumulate(std::vector{0}, y, dtable),
-                       "eigenblocks: dy is 2 x 3, expected 1 x 3 (number of ids, cols of dtable)", invalid_argument);
+                       "eigenblocks: dy is 2 x 3, expected 1 x 3 (number of ids, cols of dtable)",
+                       invalid_argument);
   CHECK((y.array() == 5.f).all());
   CHECK((dtable.array() == 5.f).all());
 }

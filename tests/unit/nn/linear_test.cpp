@@ -32,10 +32,18 @@ bool close(const Matrix<S>& got, const Matrix<double>& want, Index terms) {
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("linear maps and their gradients are the sums of products, in gapped views too", S, float,
-                   double) {
+TEST_CASE_TEMPLATE("linear maps and their gradients are the sums of products, in gapped views too",
+                   S, float, double) {
   Random random(1);
-  for (const auto& s : {Sizes{0, 3, 2}, {3, 0, 2}, {3, 2, 0}, {1, 1, 1}, {1, 5, 7}, {7, 1, 3}, {2, 3, 1}, {17, 13, 19}, {65, 33, 31}}) {
+  for (const auto& s : {Sizes{0, 3, 2},
+                        {3, 0, 2},
+                        {3, 2, 0},
+                        {1, 1, 1},
+                        {1, 5, 7},
+                        {7, 1, 3},
+                        {2, 3, 1},
+                        {17, 13, 19},
+                        {65, 33, 31}}) {
     const Index tokens = s.tokens, in = s.in, out = s.out;
     CAPTURE(tokens);
     CAPTURE(in);
@@ -85,7 +93,8 @@ TEST_CASE("linear maps large enough to be cut: right, and equal bits on threads"
     const Index tokens = s.tokens, in = s.in, out = s.out;
     CAPTURE(tokens);
     CAPTURE(out);
-    const Matrix<float> x = normal_matrix<float>(random, tokens, in), w = normal_matrix<float>(random, in, out),
+    const Matrix<float> x = normal_matrix<float>(random, tokens, in),
+                        w = normal_matrix<float>(random, in, out),
                         dy = normal_matrix<float>(random, tokens, out);
     const Vector<float> b = normal_matrix<float>(random, out, 1);
     const thread_pool pool(3);
@@ -125,19 +134,24 @@ TEST_CASE("linear blocks cover a result exactly once") {
 
 TEST_CASE("linear maps refuse what does not fit, before writing") {
   Matrix<float> x(2, 3), w(3, 4), y = Matrix<float>::Constant(2, 4, 5.f);
-  Matrix<float> w_short(2, 4), y_wide(2, 5), dx = Matrix<float>::Constant(2, 3, 5.f), dw = Matrix<float>::Constant(3, 4, 5.f);
+  Matrix<float> w_short(2, 4), y_wide(2, 5), dx = Matrix<float>::Constant(2, 3, 5.f),
+                                             dw = Matrix<float>::Constant(3, 4, 5.f);
   Vector<float> b3(3), db(4);
 #define REFUSES(call, text) CHECK_THROWS_WITH_AS(call, "eigenblocks: " text, invalid_argument)
   REFUSES(linear_forward(x, w_short, y), "weight has 2 rows, x has 3 cols");
   REFUSES(linear_forward(x, w, y_wide), "y is 2 x 5, expected 2 x 4 (rows of x, cols of weight)");
   REFUSES(linear_forward(x, w, b3, y), "bias has 3 entries, expected 4 (cols of weight)");
   REFUSES(linear_backward_input(y_wide, w, dx), "dy has 5 cols, weight has 4");
-  REFUSES(linear_accumulate_input(y, w, y_wide), "dx is 2 x 5, expected 2 x 3 (rows of dy, rows of weight)");
+  REFUSES(linear_accumulate_input(y, w, y_wide),
+          "dx is 2 x 5, expected 2 x 3 (rows of dy, rows of weight)");
   REFUSES(linear_backward_weight(w, y, dw), "dy has 2 rows, x has 3");
-  REFUSES(linear_accumulate_weight(x, y, w_short), "dweight is 2 x 4, expected 3 x 4 (cols of x, cols of dy)");
+  REFUSES(linear_accumulate_weight(x, y, w_short),
+          "dweight is 2 x 4, expected 3 x 4 (cols of x, cols of dy)");
   REFUSES(linear_backward_bias(y, b3), "dbias has 3 entries, expected 4 (cols of dy)");
-  REFUSES(linear_backward(w, w, y, dx, dw), "x is 3 x 4, expected 2 x 3 (rows of dy, rows of weight)");
-  REFUSES(linear_backward(x, w, y, dx, w_short), "dweight is 2 x 4, expected 3 x 4 (shape of weight)");
+  REFUSES(linear_backward(w, w, y, dx, dw),
+          "x is 3 x 4, expected 2 x 3 (rows of dy, rows of weight)");
+  REFUSES(linear_backward(x, w, y, dx, w_short),
+          "dweight is 2 x 4, expected 3 x 4 (shape of weight)");
   REFUSES(linear_backward(x, w, y, dx, dw, b3), "dbias has 3 entries, expected 4 (cols of weight)");
 #undef REFUSES
   CHECK((y.array() == 5.f).all());

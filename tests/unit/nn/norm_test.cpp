@@ -15,8 +15,9 @@ namespace {
 struct Shape {
   Index rows, heads, d;
 };
-const Shape kShapes[] = {{0, 1, 4}, {3, 1, 0}, {1, 1, 1},  {2, 3, 1},  {3, 1, 7},   {2, 2, 16},
-                         {2, 1, 17}, {1, 1, 31}, {3, 4, 33}, {2, 1, 65}, {5, 2, 130}, {40, 1, 1009}};
+const Shape kShapes[] = {{0, 1, 4},  {3, 1, 0},  {1, 1, 1},   {2, 3, 1},
+                         {3, 1, 7},  {2, 2, 16}, {2, 1, 17},  {1, 1, 31},
+                         {3, 4, 33}, {2, 1, 65}, {5, 2, 130}, {40, 1, 1009}};
 
 /// The textbook in long double, whose range also covers the extreme rows.  kind: 'r', 'l' or '2'.
 struct Reference {
@@ -50,7 +51,9 @@ struct Reference {
 template <class S>
 bool close(const Matrix<S>& got, const Matrix<double>& want, Index d) {
   const double tolerance = (16 + double(d) / 16) * double(std::numeric_limits<S>::epsilon());
-  return ((got.template cast<double>() - want).array().abs() <= tolerance * (1 + want.array().abs())).all();
+  return ((got.template cast<double>() - want).array().abs() <=
+          tolerance * (1 + want.array().abs()))
+      .all();
 }
 
 }  // namespace
@@ -96,7 +99,8 @@ TEST_CASE_TEMPLATE("norms are the textbook: heads, odd widths, gapped views", S,
   }
 }
 
-TEST_CASE_TEMPLATE("norms: rows near both ends of the range, against long double", S, float, double) {
+TEST_CASE_TEMPLATE("norms: rows near both ends of the range, against long double", S, float,
+                   double) {
   const bool single = sizeof(S) == 4;
   const Index d = 37;
   Random random(2);
@@ -108,7 +112,8 @@ TEST_CASE_TEMPLATE("norms: rows near both ends of the range, against long double
     const Matrix<double> exact = x.template cast<double>();
     for (const double eps : {1e-6, single ? 1e-36 : 1e-300}) {
       CAPTURE(eps);
-      CHECK(close<S>(rms_norm(x, Vector<S>(), {.eps = eps}), Reference('r', exact, {}, {}, eps, 1).y, d));
+      CHECK(close<S>(rms_norm(x, Vector<S>(), {.eps = eps}),
+                     Reference('r', exact, {}, {}, eps, 1).y, d));
       CHECK(close<S>(layer_norm(x, Vector<S>(), Vector<S>(), {.eps = eps}),
                      Reference('l', exact, {}, {}, eps, 1).y, d));
       CHECK(close<S>(l2_normalize(x, {.eps = eps}), Reference('2', exact, {}, {}, eps, 1).y, d));
@@ -172,8 +177,9 @@ TEST_CASE_TEMPLATE("norms: NaN and infinity stay in their row and head", S, floa
       Matrix<S> x = normal_matrix<S>(random, 2, 38);
       x(1, 19 + at) = bad;
       const Vector<S> none;
-      for (const Matrix<S>& y : {rms_norm(x, none, {.heads = 2}), layer_norm(x, none, none, {.heads = 2}),
-                                 l2_normalize(x, {.heads = 2})}) {
+      for (const Matrix<S>& y :
+           {rms_norm(x, none, {.heads = 2}), layer_norm(x, none, none, {.heads = 2}),
+            l2_normalize(x, {.heads = 2})}) {
         CHECK(y.row(0).allFinite());
         CHECK(y.row(1).head(19).allFinite());
         CHECK(y.row(1).tail(19).array().isNaN().all());
@@ -185,7 +191,8 @@ TEST_CASE_TEMPLATE("norms: NaN and infinity stay in their row and head", S, floa
 TEST_CASE_TEMPLATE("norms: in place, and on threads, the same bits", S, float, double) {
   Random random(4);
   const Index rows = 300, heads = 2, d = 257, cols = heads * d;  // several blocks of rows
-  const Matrix<S> x = normal_matrix<S>(random, rows, cols), dy = normal_matrix<S>(random, rows, cols);
+  const Matrix<S> x = normal_matrix<S>(random, rows, cols),
+                  dy = normal_matrix<S>(random, rows, cols);
   const Vector<S> w = normal_matrix<S>(random, d, 1), b = normal_matrix<S>(random, d, 1);
   const thread_pool pool(3);
   Matrix<S> y(rows, cols), again = x, dx(rows, cols);

@@ -49,19 +49,20 @@ Vector<double> reference(const Vector<double>& logits, const SamplingOptions& o)
 
 TEST_CASE_TEMPLATE("sampling_probs follows its definition", S, float, double) {
   Random random(1);
-  const SamplingOptions variants[] = {{},
-                                      {.temperature = 0.3},
-                                      {.temperature = 2.5},
-                                      {.top_k = 1},
-                                      {.top_k = 7},
-                                      {.top_k = 300},
-                                      {.top_p = 0.4},
-                                      {.top_p = 0.99},
-                                      {.top_p = 0},
-                                      {.min_p = 0.1},
-                                      {.min_p = 1},
-                                      {.temperature = 0.8, .top_k = 50, .top_p = 0.9, .min_p = 0.03},
-                                      {.temperature = 4, .top_k = 500, .top_p = 0.999999, .min_p = 1e-9}};
+  const SamplingOptions variants[] = {
+      {},
+      {.temperature = 0.3},
+      {.temperature = 2.5},
+      {.top_k = 1},
+      {.top_k = 7},
+      {.top_k = 300},
+      {.top_p = 0.4},
+      {.top_p = 0.99},
+      {.top_p = 0},
+      {.min_p = 0.1},
+      {.min_p = 1},
+      {.temperature = 0.8, .top_k = 50, .top_p = 0.9, .min_p = 0.03},
+      {.temperature = 4, .top_k = 500, .top_p = 0.999999, .min_p = 1e-9}};
   for (const Index n : {1, 2, 5, 16, 33, 1009}) {
     const Vector<S> logits = normal_matrix<S>(random, n, 1, 3.0);
     for (const SamplingOptions& options : variants) {
@@ -99,7 +100,8 @@ TEST_CASE("sampling_probs: ties, masks, one token, extreme temperatures") {
   CHECK(p[4] == 1.0);
 
   logits << -kInf, 0, -kInf, 1, -kInf, -kInf;
-  for (const SamplingOptions& options : {SamplingOptions{}, {.top_p = 0.99}, {.top_k = 5}, {.min_p = 0.01}}) {
+  for (const SamplingOptions& options :
+       {SamplingOptions{}, {.top_p = 0.99}, {.top_k = 5}, {.min_p = 0.01}}) {
     p = sampling_probs(logits, options);
     for (const Index i : {0, 2, 4, 5}) CHECK(p[i] == 0.0);
     CHECK(p.sum() == doctest::Approx(1.0));
@@ -107,8 +109,10 @@ TEST_CASE("sampling_probs: ties, masks, one token, extreme temperatures") {
   logits << -1e308, 2, 1, 0, -1, 1e308;
   CHECK(sampling_probs(logits)[5] == 1.0);
   logits << 0, 2, 1, 0, -1, 1.5;
-  for (const double cold : {1e-300, 5e-324}) CHECK(sampling_probs(logits, {.temperature = cold})[1] == 1.0);
-  for (const double hot : {1e300}) CHECK(sampling_probs(logits, {.temperature = hot})[4] == doctest::Approx(1.0 / 6));
+  for (const double cold : {1e-300, 5e-324})
+    CHECK(sampling_probs(logits, {.temperature = cold})[1] == 1.0);
+  for (const double hot : {1e300})
+    CHECK(sampling_probs(logits, {.temperature = hot})[4] == doctest::Approx(1.0 / 6));
 
   SamplingWorkspace<double> workspace;
   Vector<double> none(0);
@@ -152,10 +156,12 @@ TEST_CASE("sample_token draws with the frequencies of sampling_probs") {
   SamplingWorkspace<float> workspace;
   Vector<double> count = Vector<double>::Zero(12);
   const int draws = 20000;
-  for (int i = 0; i < draws; ++i) count[sample_token(logits, random.uniform(), options, workspace)] += 1;
+  for (int i = 0; i < draws; ++i)
+    count[sample_token(logits, random.uniform(), options, workspace)] += 1;
   for (Index i = 0; i < 12; ++i) {
     const double mean = draws * double(p[i]);
-    CHECK(std::abs(count[i] - mean) <= 5 * std::sqrt(mean));  // five standard deviations; exact at p = 0
+    CHECK(std::abs(count[i] - mean) <=
+          5 * std::sqrt(mean));  // five standard deviations; exact at p = 0
   }
 }
 
@@ -173,7 +179,9 @@ TEST_CASE("argmax: first of the largest") {
 TEST_CASE("sampling refuses bad options and logits, before writing") {
   Vector<double> logits = Vector<double>::Zero(3), p = Vector<double>::Constant(3, 5.0), two(2);
   SamplingWorkspace<double> workspace;
-  const auto run = [&](const SamplingOptions& options) { sampling_probs(logits, p, options, workspace); };
+  const auto run = [&](const SamplingOptions& options) {
+    sampling_probs(logits, p, options, workspace);
+  };
 #define REFUSES(call, kind, text) CHECK_THROWS_WITH_AS(call, "eigenblocks: " text, kind)
   REFUSES(run({.temperature = 0}), invalid_argument,
           "temperature (0) must be positive and finite (greedy decoding: argmax)");
