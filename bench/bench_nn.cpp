@@ -5,9 +5,9 @@
 //   linear/float/y|dx|dW/N:T/K:in/D:out         y = x W, dx = dy W^T, dW = x^T dy
 //   sampling/float/top_k:40,top_p:0.9/D:V       one token: from logits to a drawn id
 //
-// bytes_per_second counts each operand matrix once.  limit: the time of a copy of that many bytes (working sets in the second
-// cache and beyond it), for loops with an exponential the slower of that and of simd::exp2; of the FMA peak for linear.
-// The backward passes of softmax and norms read each row twice and the saved vectors besides.
+// bytes_per_second counts each operand matrix once.  limit: the time of a copy of that many bytes (working sets in
+// the second cache and beyond it), for loops with an exponential the slower of that and of simd::exp2; of the FMA
+// peak for linear.  The backward passes of softmax and norms read each row twice and the saved vectors besides.
 #include <eigenblocks/nn/glu.hpp>
 #include <eigenblocks/nn/norm.hpp>
 #include <eigenblocks/nn/sampling.hpp>

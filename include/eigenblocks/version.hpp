@@ -11,8 +11,8 @@
 #define EIGENBLOCKS_VERSION_STRING "0.1.0"
 
 // True when this library is release x.y.z or newer.
-#define EIGENBLOCKS_VERSION_AT_LEAST(x, y, z)                                   \
-  (EIGENBLOCKS_VERSION_MAJOR > (x) ||                                           \
-   (EIGENBLOCKS_VERSION_MAJOR == (x) && (EIGENBLOCKS_VERSION_MINOR > (y) ||     \
-                                         (EIGENBLOCKS_VERSION_MINOR == (y) &&   \
-                                          EIGENBLOCKS_VERSION_PATCH >= (z)))))
+#define EIGENBLOCKS_VERSION_AT_LEAST(x, y, z) \
+  (EIGENBLOCKS_VERSION_MAJOR > (x) ||         \
+   (EIGENBLOCKS_VERSION_MAJOR == (x) &&       \
+    (EIGENBLOCKS_VERSION_MINOR > (y) ||       \
+     (EIGENBLOCKS_VERSION_MINOR == (y) && EIGENBLOCKS_VERSION_PATCH >= (z)))))

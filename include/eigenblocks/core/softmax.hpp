@@ -36,8 +36,8 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 template <class D>
 concept RealExpression = detail::EigenDense<D> && RealScalar<typename D::Scalar>;
 
-// How this header and nn/ walk over rows.  A loop body is a generic callable body(j, io): it handles the packet that begins
-// at column j and reads and writes through io, so that the columns left over at the end of a row take the same
+// How this header and nn/ walk over rows.  A loop body is a generic callable body(j, io): it handles the packet that
+// begins at column j and reads and writes through io, so that the columns left over at the end of a row take the same
 // packet code.
 namespace detail {
 
@@ -162,8 +162,8 @@ EIGENBLOCKS_ALWAYS_INLINE P exp_nonpositive(const P& t) {
 template <class S>
 inline constexpr S kMinusInfinity = -std::numeric_limits<S>::infinity();
 
-/// The maximum of a row; -inf only if every entry is -inf.  A NaN next to a larger number may be overlooked: it shows as
-/// soon as the row is exponentiated.
+/// The maximum of a row; -inf only if every entry is -inf.  A NaN next to a larger number may be overlooked: it shows
+/// as soon as the row is exponentiated.
 template <class S>
 S row_max(const S* x, Index n) {
   using P = simd::Packet<S>;

@@ -6,12 +6,12 @@
 //   glu_ffn_backward  dWd = h^T dy,  dh = dy Wd^T,  dWg = x^T da,  dWu = x^T db,  dx = da Wg^T + db Wu^T
 //
 // Shapes: x, y T x d; Wg, Wu d x f; Wd f x d_out (d_out = d in models); a, b, h T x f.  No biases.
-// Saved between the passes: a and b; h is computed again.  LLaMA takes f = 8 d / 3, rounded, to spend the parameters of a
-// plain 4 d block.
+// Saved between the passes: a and b; h is computed again.  LLaMA takes f = 8 d / 3, rounded, to spend the parameters
+// of a plain 4 d block.
 //
-// The element-wise passes are fused, one read of each input and one write of each output; any output may be the memory of any
-// input, outputs must differ.  The FFN takes scratch from a Workspace: 1 (forward) or 2 (backward) times T x f, nothing
-// is allocated when it is used again with the same sizes.  Executors do not change a bit.
+// The element-wise passes are fused, one read of each input and one write of each output; any output may be the
+// memory of any input, outputs must differ.  The FFN takes scratch from a Workspace: 1 (forward) or 2 (backward)
+// times T x f, nothing is allocated when it is used again with the same sizes.  Executors do not change a bit.
 //
 // Errors: invalid_argument where shapes do not fit.
 // Source: arXiv 2002.05202.
@@ -141,7 +141,8 @@ template <MatrixLike X, MatrixLike G, MatrixLike U, MatrixLike D>
     return y;
   }
 
-/// All gradients from saved, the operands of the forward pass, and dy; each has the shape of what it is the gradient of.
+/// All gradients from saved, the operands of the forward pass, and dy; each has the shape of what it is the gradient
+/// of.
 template <MatrixLike X, MatrixLike G, MatrixLike U, MatrixLike D, MatrixLike DY, OutputMatrix DX,
           OutputMatrix DG, OutputMatrix DU, OutputMatrix DD>
   requires SameScalar<X, G, U, D, DY, DX, DG, DU, DD> && RealScalar<scalar_t<X>>

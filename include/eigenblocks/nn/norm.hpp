@@ -9,20 +9,21 @@
 //   layer_norm   dx = r (u - mean u - h mean(u * h))     dw the same, db = sum over rows of dy
 //   l2_normalize dx = r (dy - h sum(dy * h)) where |x| > eps, else dy / eps
 //
-// Shapes: x, y, dx, dy are T x (heads * d); gain w and bias b have d entries, shared by all heads; each head of each row is
-// normalised by itself.  heads = 1 is the ordinary norm.  The norms of queries and keys are
+// Shapes: x, y, dx, dy are T x (heads * d); gain w and bias b have d entries, shared by all heads; each head of each
+// row is normalised by itself.  heads = 1 is the ordinary norm.  The norms of queries and keys are
 //   rms_head (Qwen3)  rms_norm with heads = H, d gains        l2 (KeyNorm)  l2_normalize with heads = H
 //   rms_full (OLMo2)  rms_norm with heads = 1, H d gains
 // Only r is saved: T * heads entries, row by row.  An empty gain or bias (size 0) means none.
 //
 // In place: y may be x, and dx may be dy or x; other overlaps are not allowed.  Zero rows give y = 0 (or b) and finite
-// gradients.  No value overflows or underflows on the way: rows whose sum of squares leaves the range of the scalar
-// are summed again, scaled by a power of two.  A NaN or infinity makes its row NaN.
+// gradients.  Nothing overflows or underflows on the way for |x| up to half the largest number: rows whose sum of
+// squares leaves the range of the scalar are summed again, scaled by a power of two.  A NaN or infinity makes its row
+// NaN.
 // Gradients of gain and bias are summed in an order fixed by the shape: the executor does not change a bit.
 //
-// Errors: invalid_argument for shapes that do not fit, heads < 1 or not a divisor, and eps that is not a positive normal
-// number of the scalar.
-// Sources: arXiv 1910.07467 (RMSNorm), 1607.06450 (LayerNorm), kexue.fm 9859 (KeyNorm), torch's functions of the same names.
+// Errors: invalid_argument for shapes that do not fit, heads < 1 or not a divisor, and eps that is not a positive
+// normal number of the scalar.
+// Sources: arXiv 1910.07467 (RMSNorm), 1607.06450 (LayerNorm), kexue.fm 9859 (KeyNorm); torch's functions.
 #pragma once
 
 #include <eigenblocks/core/softmax.hpp>

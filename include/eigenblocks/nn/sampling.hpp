@@ -3,7 +3,7 @@
 //   z = logits / temperature,  p = softmax(z);  then, each time renormalised over the survivors,
 //   top_k   drop logits strictly below the k-th largest: ties with it stay.                      0 = off
 //   top_p   keep the largest tokens while the mass before them is below top_p; the first always stays.   1 = off
-//           Among equal logits the higher id is counted as the larger one (a stable ascending sort, as in transformers).
+//           Among equal logits the higher id counts as the larger one (a stable ascending sort, as in transformers).
 //   min_p   drop p_i < min_p max_j p_j.                                                          0 = off
 //
 //   sampling_probs(logits, probs, options, workspace)        the final distribution, dropped tokens exactly 0
@@ -11,14 +11,14 @@
 //   sample_token(logits, u, options, workspace)              the two together
 //   argmax(logits)                                           greedy decoding: the first of the largest
 //
-// logits of -inf are masked: probability 0.  Sums over tokens that decide are in double.  With a workspace that has seen
-// the vocabulary size nothing is allocated.  Cost: a few vectorised passes; only candidates for the nucleus are sorted.
-// No gradient: a draw has none.
+// logits of -inf are masked: probability 0.  Sums over tokens that decide are in double.  With a workspace that has
+// seen the vocabulary size nothing is allocated.  Cost: a few vectorised passes; only candidates for the nucleus are
+// sorted.  A draw has no gradient.
 //
-// Errors: invalid_argument for options out of range (temperature must be positive: greedy decoding is argmax), sizes, u,
-// and an empty vocabulary to draw from; std::domain_error for logits that hold NaN or +inf or only -inf, and for
+// Errors: invalid_argument for options out of range (temperature must be positive: greedy decoding is argmax), sizes,
+// u, and an empty vocabulary to draw from; std::domain_error for logits that hold NaN or +inf or only -inf, and for
 // probabilities without a positive finite sum.
-// Sources: arXiv 1904.09751 (top-p), 2407.01082 (min-p), the logits processors of transformers.
+// Sources: arXiv 1904.09751 (top-p), 2407.01082 (min-p), transformers' logits processors.
 #pragma once
 
 #include <eigenblocks/core/error.hpp>

@@ -1,5 +1,5 @@
-// What the blocks allocate: nothing in passes that decode token by token.  malloc is counted; sanitizers bring their own, so
-// there the test only runs the calls.
+// What the blocks allocate: nothing in passes that decode token by token.  malloc is counted; sanitizers bring their
+// own, so there the test only runs the calls.
 #include <doctest/doctest.h>
 
 #include <eigenblocks/core/random.hpp>
