@@ -33,8 +33,7 @@ void decode(Index queries, Index keys, Index heads, Index kv_heads, Index dim) {
     eb::Matrix<T> out = q;
     const double half = static_cast<double>(cache.bytes()) / 2;
     const auto sweep = [&] {
-      return half / bench::sweep_rate(cache.key_panel(0, 0), half) +
-             half / bench::sweep_rate(cache.value_row(0, 0), half);
+      return bench::sweep_seconds({{cache.key_panel(0, 0), half}, {cache.value_row(0, 0), half}});
     };
     bench::measure(state, {.bytes = 2 * half, .limit = sweep}, [&] {
       eb::attention_over_cache(cache, q, out, {.heads = heads, .kv_heads = kv_heads, .scale = {}});

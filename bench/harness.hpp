@@ -37,6 +37,10 @@ std::function<double()> fma_limit(double flops) {
 inline std::function<double()> copy_limit(double bytes) {
   return [=] { return bytes / copy_rate(bytes); };
 }
+/// The same where the output is the memory of the input.
+inline std::function<double()> in_place_limit(double bytes) {
+  return [=] { return bytes / in_place_rate(bytes); };
+}
 /// Element-wise loops with one exponential per element: the slower of the two.
 template <eb::RealScalar S>
 std::function<double()> exp_copy_limit(double count, double bytes) {

@@ -4,7 +4,9 @@
 //   bench::exp_rate<float>()        exponentials per second of simd::exp2 on data in the first-level cache
 //   bench::read_rate(bytes)         bytes/s of summing a buffer of that size, again and again
 //   bench::copy_rate(bytes)         bytes/s, read plus written, where source and target together have that size
-//   bench::triad_rate(bytes)        the same for a = b + s c (two streams read, one written)
+//   bench::in_place_rate(bytes)     the same for reading and writing back a buffer of half that size
+//   bench::triad_rate(bytes)        bytes/s of a = b + s c (two streams read, one written)
+//   bench::sweep_seconds({{p, bytes}, ...})   the same for buffers that exist already
 //   bench::random_matrix<S>(...)    normal entries, the same in every run and on every platform
 //
 // A limit is timed when it is asked for, not stored: the clock of a shared machine wanders within minutes, so a
@@ -26,6 +28,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <initializer_list>
 #include <limits>
 #include <string>
 
@@ -113,7 +116,7 @@ inline EIGENBLOCKS_NOINLINE float read_loop(const float* p, Index n) {
   return eb::simd::sum(sum[0]);
 }
 
-/// to = a + scale b; scale = 0 leaves b unread: a copy.
+/// to = a + scale b for kTriad, else to = a and b is left alone; to may be a.
 template <bool kTriad>
 EIGENBLOCKS_NOINLINE void write_loop(float* EIGENBLOCKS_RESTRICT to, const float* a, const float* b,
                                      float scale, Index n) {
@@ -159,22 +162,28 @@ double exp_rate() {
   return static_cast<double>(n) / seconds;
 }
 
-/// Bytes per second of reading memory that exists already: from `data`, `bytes` long.
-inline double sweep_rate(const void* data, double bytes) {
-  const auto* const p = static_cast<const float*>(data);
-  const Index n = static_cast<Index>(bytes / sizeof(float));
+struct Buffer {
+  const void* data;
+  double bytes;
+};
+
+/// Seconds of reading these buffers one after the other, again and again.
+inline double sweep_seconds(std::initializer_list<Buffer> buffers) {
   volatile float sink = 0;
   const double seconds = best_seconds([&] {
-    sink = detail::read_loop(p, n);
-    touch(p);
+    for (const Buffer& buffer : buffers) {
+      sink = detail::read_loop(static_cast<const float*>(buffer.data),
+                               static_cast<Index>(buffer.bytes / sizeof(float)));
+      touch(buffer.data);
+    }
   });
   (void)sink;
-  return bytes / seconds;
+  return seconds;
 }
 
 inline double read_rate(double bytes) {
   const eb::Vector<float> x = eb::Vector<float>::Zero(static_cast<Index>(bytes / sizeof(float)));
-  return sweep_rate(x.data(), bytes);
+  return bytes / sweep_seconds({{x.data(), bytes}});
 }
 
 inline double copy_rate(double bytes) {
@@ -184,6 +193,16 @@ inline double copy_rate(double bytes) {
   return bytes / best_seconds([&] {
            detail::write_loop<false>(to.data(), from.data(), nullptr, 0, n);
            touch(to.data());
+         });
+}
+
+/// The same for a buffer of half that size that is read and written back.
+inline double in_place_rate(double bytes) {
+  const Index n = static_cast<Index>(bytes / 2 / sizeof(float));
+  eb::Vector<float> x = eb::Vector<float>::Zero(n);
+  return bytes / best_seconds([&] {
+           detail::write_loop<false>(x.data(), x.data(), nullptr, 0, n);
+           touch(x.data());
          });
 }
 

@@ -39,7 +39,9 @@ inline void note(std::size_t size) {
 
 #if defined(EIGENBLOCKS_TEST_ASAN)
 
-#include <sanitizer/allocator_interface.h>
+// Declared in <sanitizer/allocator_interface.h>, which g++ does not ship everywhere.
+extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, std::size_t),
+                                                         void (*)(const volatile void*));
 
 namespace alloc_guard {
 inline constexpr bool kAvailable = true;

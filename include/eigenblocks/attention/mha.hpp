@@ -221,6 +221,24 @@ void mha_position(const Mha<S>& layer, const Vector<S>& gain, Index heads, Matri
   });
 }
 
+/// q, k, v of all rows, normed and rotated, and room for what attention gives.
+template <MatrixLike X, RealScalar S>
+void mha_project(const Mha<S>& layer, const MhaWeights<S>& weights, const X& x, MhaSaved<S>& saved,
+                 const MhaBatch& batch, ExecutorRef executor) {
+  const MhaOptions& o = layer.options();
+  const Index rows = x.rows();
+  saved.q.resize(rows, o.heads * o.head_dim);
+  saved.k.resize(rows, o.kv_heads * o.head_dim);
+  saved.v.resize(rows, o.kv_heads * o.head_dim);
+  saved.attended.resize(rows, o.heads * o.head_dim);
+  project(x, weights.w_q, weights.b_q, saved.q, executor);
+  project(x, weights.w_k, weights.b_k, saved.k, executor);
+  project(x, weights.w_v, weights.b_v, saved.v, executor);
+  mha_position(layer, weights.q_norm, o.heads, saved.q, saved.q_raw, saved.q_rstd, batch, executor);
+  mha_position(layer, weights.k_norm, o.kv_heads, saved.k, saved.k_raw, saved.k_rstd, batch,
+               executor);
+}
+
 /// The way back of mha_position: dx in place, dgain overwritten.
 template <RealScalar S>
 void mha_position_backward(const Mha<S>& layer, const Vector<S>& gain, Index heads,
@@ -250,22 +268,11 @@ template <MatrixLike X, OutputMatrix Y>
 void mha_forward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weights, const X& x,
                  Y&& y, MhaSaved<scalar_t<X>>& saved, const MhaBatch& batch = {},
                  ExecutorRef executor = {}) {
-  const MhaOptions& o = layer.options();
   const Index rows = x.rows();
   detail::require_mha_weights(layer, weights, x.cols());
   detail::require_shape("y", y.rows(), y.cols(), rows, x.cols(), "shape of x");
   detail::require_batch(batch, rows);
-  saved.q.resize(rows, o.heads * o.head_dim);
-  saved.k.resize(rows, o.kv_heads * o.head_dim);
-  saved.v.resize(rows, o.kv_heads * o.head_dim);
-  saved.attended.resize(rows, o.heads * o.head_dim);
-  detail::project(x, weights.w_q, weights.b_q, saved.q, executor);
-  detail::project(x, weights.w_k, weights.b_k, saved.k, executor);
-  detail::project(x, weights.w_v, weights.b_v, saved.v, executor);
-  detail::mha_position(layer, weights.q_norm, o.heads, saved.q, saved.q_raw, saved.q_rstd, batch,
-                       executor);
-  detail::mha_position(layer, weights.k_norm, o.kv_heads, saved.k, saved.k_raw, saved.k_rstd, batch,
-                       executor);
+  detail::mha_project(layer, weights, x, saved, batch, executor);
   const Index whole[] = {0, rows};
   const std::span<const Index> cu =
       batch.cu_seqlens.empty() ? std::span<const Index>(whole) : batch.cu_seqlens;
@@ -360,22 +367,13 @@ template <MatrixLike X, OutputMatrix Y>
   requires SameScalar<X, Y> && RealScalar<scalar_t<X>>
 void mha_step(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weights,
               MhaState<scalar_t<X>>& state, const X& x, Y&& y, ExecutorRef executor = {}) {
-  const MhaOptions& o = layer.options();
   const Index rows = x.rows();
   detail::require_mha_weights(layer, weights, x.cols());
   detail::require_shape("y", y.rows(), y.cols(), rows, x.cols(), "shape of x");
   state.cache.require_room(rows);
   MhaSaved<scalar_t<X>>& s = state.scratch;
-  s.q.resize(rows, o.heads * o.head_dim);
-  s.k.resize(rows, o.kv_heads * o.head_dim);
-  s.v.resize(rows, o.kv_heads * o.head_dim);
-  s.attended.resize(rows, o.heads * o.head_dim);
-  detail::project(x, weights.w_q, weights.b_q, s.q, executor);
-  detail::project(x, weights.w_k, weights.b_k, s.k, executor);
-  detail::project(x, weights.w_v, weights.b_v, s.v, executor);
-  const MhaBatch batch{.first_position = state.first_position + state.cache.size()};
-  detail::mha_position(layer, weights.q_norm, o.heads, s.q, s.q_raw, s.q_rstd, batch, executor);
-  detail::mha_position(layer, weights.k_norm, o.kv_heads, s.k, s.k_raw, s.k_rstd, batch, executor);
+  detail::mha_project(layer, weights, x, s,
+                      {.first_position = state.first_position + state.cache.size()}, executor);
   layer.with_rule([&](const auto& rule) {
     attention_step(state.cache, s.q, s.k, s.v, s.attended, layer.shape(), rule,
                    detail::mha_tensors(weights), executor);

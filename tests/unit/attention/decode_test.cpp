@@ -173,7 +173,7 @@ TEST_CASE("NaN that was truncated, lies outside the window or in padding does no
   eb::KvCache<double> cache(cache_options(p)), clean = cache;
   cache.append(nan_k, nan_v);
   cache.append(p.k, p.v);
-  clean.append(Matrix<double>::Zero(20, 5), Matrix<double>::Zero(20, 7));
+  clean.append(Matrix<double>(Matrix<double>::Zero(20, 5)), Matrix<double>(Matrix<double>::Zero(20, 7)));
   clean.append(p.k, p.v);
   Matrix<double> got(1, 14), want(1, 14);
   eb::attention_over_cache(cache, p.q.topRows(1), got, p.shape, window);
