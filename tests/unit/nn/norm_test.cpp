@@ -137,6 +137,20 @@ TEST_CASE_TEMPLATE("norms: rows near both ends of the range, against long double
   }
 }
 
+TEST_CASE_TEMPLATE("layer_norm: a row whose plain sum overflows", S, float, double) {
+  const Index d = 37;
+  Matrix<S> x(1, d);
+  for (Index j = 0; j < d; ++j) {
+    x(0, j) = std::numeric_limits<S>::max() * (S(0.25) + static_cast<S>(j % 5) / 32);
+  }
+  const Matrix<double> exact = x.template cast<double>();
+  const Reference want('l', exact, {}, {}, 1e-5, 1);
+  // Entries of 0.3 max differ by a tenth of that: what the mean loses counts ten times.
+  CHECK((layer_norm(x, Vector<S>(), Vector<S>()).template cast<double>() - want.y)
+            .cwiseAbs()
+            .maxCoeff() <= 10 * 16 * double(std::numeric_limits<S>::epsilon()));
+}
+
 TEST_CASE_TEMPLATE("norms: zero rows and rows of one entry", S, float, double) {
   // eps^2 vanishes in the scalar too.
   const double least = double(std::numeric_limits<S>::min()) * 4;
