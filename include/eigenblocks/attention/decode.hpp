@@ -91,7 +91,7 @@ class DecodeRows {
     const Index most_splits =
         cache_.slots() / kSplit + 2;  // scratch is sized by capacity, so that it rarely grows
     Workspace& workspace = cache_.workspace();
-    workspace.prepare(executor.workers());
+    workspace.prepare(executor.workers(), scratch_bytes());
     const Index part = rows_ * (value_cols_ + 2);
     const Index parts = n_.kv_heads * std::max(splits, most_splits);
     S* const partial =
@@ -453,10 +453,15 @@ void attend_over_cache(KvCache<T>& cache, AttentionSizes n, const T* query, Inde
               .template take<S>(n.queries * n.heads);
     lse_stride = n.heads;
   }
-  ForwardTiles<S, T, CacheSource<T>, Rule>(n, local, rule, tensors, query, query_stride,
-                                           CacheSource<T>{&cache}, out, out_stride, lse, lse_stride,
-                                           TileTuning{})
-      .run(executor, cache.workspace());
+  const auto tiles = [&](const AttentionSizes& sizes) {
+    return ForwardTiles<S, T, CacheSource<T>, Rule>(sizes, local, rule, tensors, query, query_stride,
+                                                    CacheSource<T>{&cache}, out, out_stride, lse,
+                                                    lse_stride, TileTuning{});
+  };
+  AttentionSizes most = n;
+  most.keys = cache.slots();
+  tiles(most).reserve(executor, cache.workspace());
+  tiles(n).run(executor, cache.workspace());
 }
 
 }  // namespace detail

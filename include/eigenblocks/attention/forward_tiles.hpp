@@ -66,6 +66,7 @@ class ForwardTiles {
   static constexpr int kW = simd::kLanes<S>, kMR = Shape::kRows, kNV = Shape::kVectors,
                        kNQ = kNV * kW;
   static constexpr Index kMaxTiles = 16;
+  static constexpr Index kBatchScalars = Index{1} << 21;  // packed at once to keep workers busy
   static constexpr S kNone = -std::numeric_limits<S>::infinity();
 
  public:
@@ -99,16 +100,24 @@ class ForwardTiles {
     head_scalars_ = chunk_ * row;
   }
 
+  /// Room for a run of this many keys or fewer, so that a growing cache does not grow its scratch with every block.
+  void reserve(ExecutorRef executor, Workspace& workspace) const {
+    const Index together = executor.workers() == 1
+                               ? head_scalars_
+                               : std::min(n_.kv_heads * head_scalars_, kBatchScalars);
+    workspace.shared(padded_bytes<S>(std::max(head_scalars_, together)));
+  }
+
   void run(ExecutorRef executor, Workspace& workspace) {
     if (n_.queries == 0 || n_.heads * n_.value_dim + n_.heads == 0) return;
     const int workers = executor.workers();
     const Index batch =
-        workers == 1 ? 1 : std::clamp<Index>((Index{1} << 21) / head_scalars_, 1, n_.kv_heads);
-    workspace.prepare(workers);
+        workers == 1 ? 1 : std::clamp<Index>(kBatchScalars / head_scalars_, 1, n_.kv_heads);
+    const std::size_t bytes = scratch_bytes();
+    workspace.prepare(workers, bytes);
     S* const packed = workspace.shared(padded_bytes<S>(batch * head_scalars_))
                           .template take<S>(batch * head_scalars_);
     const Index query_blocks = (n_.queries + tiles_ * kNQ - 1) / (tiles_ * kNQ);
-    const std::size_t bytes = scratch_bytes();
     for (Index kv0 = 0; kv0 < n_.kv_heads; kv0 += batch) {
       const Index kvs = std::min(batch, n_.kv_heads - kv0);
       Index first = 0;

@@ -85,10 +85,14 @@ class Arena {
 /// Scratch of one block call: a piece shared by all workers and one piece for each worker.
 class Workspace {
  public:
-  /// Makes room for `workers` private pieces; call before the parallel region.
-  void prepare(int workers) {
+  /// Makes `workers` private pieces of at least `bytes` each; call before the parallel region.  Which worker gets a task is
+  /// chance, so pieces that grow inside the region may still allocate in a later call.
+  void prepare(int workers, std::size_t bytes = 0) {
     if (private_.size() < static_cast<std::size_t>(workers)) {
       private_.resize(static_cast<std::size_t>(workers));
+    }
+    for (std::size_t i = 0; bytes > 0 && i < static_cast<std::size_t>(workers); ++i) {
+      private_[i].reserve(bytes);
     }
   }
   detail::Arena shared(std::size_t bytes) { return detail::Arena(shared_.reserve(bytes)); }
