@@ -44,7 +44,8 @@ struct Results {
   Matrix<double> out, lse, dq, dk, dv, dbias;
 };
 
-Results evaluate(const Operands& x, const AnyRule& rule = {}, const eb::AttentionTensors<double>& tensors = {}) {
+Results evaluate(const Operands& x, const AnyRule& rule = {},
+                 const eb::AttentionTensors<double>& tensors = {}) {
   Results r;
   r.out.resize(x.dout.rows(), x.dout.cols());
   r.dq = x.q;
@@ -58,7 +59,8 @@ Results evaluate(const Operands& x, const AnyRule& rule = {}, const eb::Attentio
   rule.visit([&](const auto& concrete) {
     const auto saved = eb::attention_forward(x.q, x.k, x.v, r.out, x.shape, concrete, tensors);
     r.lse = saved.lse;
-    eb::attention_backward(saved, x.q, x.k, x.v, r.out, x.dout, r.dq, r.dk, r.dv, x.shape, concrete, tensors, &gradients);
+    eb::attention_backward(saved, x.q, x.k, x.v, r.out, x.dout, r.dq, r.dk, r.dv, x.shape, concrete,
+                           tensors, &gradients);
   });
   return r;
 }
@@ -67,7 +69,8 @@ Results evaluate(const Operands& x, const AnyRule& rule = {}, const eb::Attentio
 void check_same(const Results& a, const Results& b) {
   CHECK(distance(a.out, b.out) < kTolerance);
   for (Index i = 0; i < a.lse.size(); ++i) {
-    CHECK((a.lse.data()[i] == b.lse.data()[i] || std::abs(a.lse.data()[i] - b.lse.data()[i]) < kTolerance));
+    CHECK((a.lse.data()[i] == b.lse.data()[i] ||
+           std::abs(a.lse.data()[i] - b.lse.data()[i]) < kTolerance));
   }
   CHECK(distance(a.dq, b.dq) < kTolerance);
   CHECK(distance(a.dk, b.dk) < kTolerance);
@@ -87,7 +90,8 @@ eb::BoolMatrix mask_matrix(Index queries, Index keys, const AnyMask& mask) {
 TEST_CASE("probabilities sum to one: values of one give an output of one; a sink takes its share") {
   Operands x(40, 70, 4, 2);
   x.v.setOnes();
-  for (const AnyRule& rule : {AnyRule{}, AnyRule{eb::causal()}, AnyRule{eb::window_left(5), eb::soft_cap(2.0)}}) {
+  for (const AnyRule& rule :
+       {AnyRule{}, AnyRule{eb::causal()}, AnyRule{eb::window_left(5), eb::soft_cap(2.0)}}) {
     CHECK(distance(evaluate(x, rule).out, Matrix<double>::Ones(40, x.dout.cols())) < kTolerance);
   }
   Vector<double> sinks(4);
@@ -95,7 +99,8 @@ TEST_CASE("probabilities sum to one: values of one give an output of one; a sink
   const Results r = evaluate(x, {eb::causal()}, {.sinks = &sinks});
   for (Index h = 0; h < 4; ++h) {
     for (Index i = 0; i < 40; ++i) {
-      CHECK(std::abs(r.out(i, h * Operands::kDim) + std::exp(sinks[h] - r.lse(i, h)) - 1.0) < kTolerance);
+      CHECK(std::abs(r.out(i, h * Operands::kDim) + std::exp(sinks[h] - r.lse(i, h)) - 1.0) <
+            kTolerance);
     }
   }
 }
@@ -139,14 +144,16 @@ TEST_CASE("score gradients of a row sum to zero") {
   }
 }
 
-TEST_CASE("permuting keys together with values changes nothing; permuting queries permutes the output") {
+TEST_CASE(
+    "permuting keys together with values changes nothing; permuting queries permutes the output") {
   const Operands x(35, 52, 4, 2);
   const Results want = evaluate(x);
   Eigen::PermutationMatrix<Eigen::Dynamic> order(52), rows(35);
   order.setIdentity();
   rows.setIdentity();
   eb::Random random(3);
-  for (Index i = 51; i > 0; --i) std::swap(order.indices()[i], order.indices()[random.below(i + 1)]);
+  for (Index i = 51; i > 0; --i)
+    std::swap(order.indices()[i], order.indices()[random.below(i + 1)]);
   for (Index i = 34; i > 0; --i) std::swap(rows.indices()[i], rows.indices()[random.below(i + 1)]);
   Operands y = x;
   y.k = order * x.k;
@@ -193,9 +200,11 @@ TEST_CASE("a mask is its table: functors, combinations and lambdas equal the boo
   const Operands x(60, 60, 2, 1);
   const auto lambda = [](Index i, Index j) { return j <= i; };
   for (const AnyMask& mask :
-       {AnyMask(eb::causal()), AnyMask(eb::causal() | eb::prefix(13)), AnyMask(eb::causal() & eb::window_left(7)),
-        AnyMask(eb::window_left(4) & eb::window_right(9)), AnyMask((eb::causal() | eb::prefix(20)) & eb::window_left(11)),
-        AnyMask(lambda), AnyMask([](Index i, Index j) { return i / 7 == j / 7; })}) {
+       {AnyMask(eb::causal()), AnyMask(eb::causal() | eb::prefix(13)),
+        AnyMask(eb::causal() & eb::window_left(7)),
+        AnyMask(eb::window_left(4) & eb::window_right(9)),
+        AnyMask((eb::causal() | eb::prefix(20)) & eb::window_left(11)), AnyMask(lambda),
+        AnyMask([](Index i, Index j) { return i / 7 == j / 7; })}) {
     const eb::BoolMatrix keep = mask_matrix(60, 60, mask);
     check_same(evaluate(x, {mask}), evaluate(x, {}, {.mask = &keep}));
   }
@@ -222,7 +231,8 @@ TEST_CASE("a score functor is its table: ALiBi equals the explicit bias") {
 
 TEST_CASE("only differences of positions count: a common shift of both offsets changes no bit") {
   Operands x(50, 64, 2, 1);
-  const AnyRule rules[] = {{eb::causal() & eb::window_left(10)}, {eb::causal(), eb::alibi(eb::alibi_slopes(2))}};
+  const AnyRule rules[] = {{eb::causal() & eb::window_left(10)},
+                           {eb::causal(), eb::alibi(eb::alibi_slopes(2))}};
   for (const AnyRule& rule : rules) {
     x.shape.query_offset = 14;
     x.shape.key_offset = 0;
@@ -279,11 +289,14 @@ TEST_CASE("scale, row_scale and the size of the queries are one factor") {
   check_same(got, want);
 }
 
-TEST_CASE("attention over parts of the keys, merged, is attention over all of them; so are its gradients") {
+TEST_CASE(
+    "attention over parts of the keys, merged, is attention over all of them; so are its "
+    "gradients") {
   const Operands x(40, 90, 4, 2);
   const AnyRule rule{eb::causal() | eb::prefix(50)};
   const Results want = evaluate(x, rule);
-  for (const std::vector<Index>& cuts : {std::vector<Index>{0, 90}, {0, 1, 90}, {0, 30, 60, 90}, {0, 40, 40, 89, 90}}) {
+  for (const std::vector<Index>& cuts :
+       {std::vector<Index>{0, 90}, {0, 1, 90}, {0, 30, 60, 90}, {0, 40, 40, 89, 90}}) {
     Matrix<double> out = Matrix<double>::Zero(40, x.dout.cols());
     Matrix<double> lse = Matrix<double>::Constant(40, 4, -std::numeric_limits<double>::infinity());
     const auto part = [&](std::size_t c) {
@@ -300,14 +313,15 @@ TEST_CASE("attention over parts of the keys, merged, is attention over all of th
     CHECK(distance(out, want.out) < kTolerance);
     CHECK(distance(lse, want.lse) < kTolerance);
     // As ring attention does it: every part runs its backward with the final output and log-sum-exp.
-    Matrix<double> dq = Matrix<double>::Zero(40, x.q.cols()), dk(90, x.k.cols()), dv(90, x.v.cols());
+    Matrix<double> dq = Matrix<double>::Zero(40, x.q.cols()), dk(90, x.k.cols()),
+                   dv(90, x.v.cols());
     for (std::size_t c = 0; c + 1 < cuts.size(); ++c) {
       const Operands piece = part(c);
       Matrix<double> piece_dq = x.q;
       rule.visit([&](const auto& concrete) {
-        eb::attention_backward(eb::AttentionSaved<double>{lse}, piece.q, piece.k, piece.v, out, x.dout, piece_dq,
-                               dk.middleRows(cuts[c], piece.k.rows()), dv.middleRows(cuts[c], piece.k.rows()), piece.shape,
-                               concrete);
+        eb::attention_backward(eb::AttentionSaved<double>{lse}, piece.q, piece.k, piece.v, out,
+                               x.dout, piece_dq, dk.middleRows(cuts[c], piece.k.rows()),
+                               dv.middleRows(cuts[c], piece.k.rows()), piece.shape, concrete);
       });
       dq += piece_dq;
     }

@@ -40,13 +40,14 @@ inline void note(std::size_t size) {
 #if defined(EIGENBLOCKS_TEST_ASAN)
 
 // Declared in <sanitizer/allocator_interface.h>, which g++ does not ship everywhere.
-extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, std::size_t),
+extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*,
+                                                                  std::size_t),
                                                          void (*)(const volatile void*));
 
 namespace alloc_guard {
 inline constexpr bool kAvailable = true;
-inline const int hooks = __sanitizer_install_malloc_and_free_hooks([](const volatile void*, std::size_t size) { note(size); },
-                                                                   [](const volatile void*) {});
+inline const int hooks = __sanitizer_install_malloc_and_free_hooks(
+    [](const volatile void*, std::size_t size) { note(size); }, [](const volatile void*) {});
 }  // namespace alloc_guard
 
 #elif defined(__GLIBC__) && !defined(EIGENBLOCKS_TEST_TSAN)
@@ -73,7 +74,8 @@ __attribute__((weak)) void* aligned_alloc(std::size_t alignment, std::size_t siz
   alloc_guard::note(size);
   return __libc_memalign(alignment, size);
 }
-__attribute__((weak)) int posix_memalign(void** out, std::size_t alignment, std::size_t size) noexcept {
+__attribute__((weak)) int posix_memalign(void** out, std::size_t alignment,
+                                         std::size_t size) noexcept {
   alloc_guard::note(size);
   *out = __libc_memalign(alignment, size);
   return *out == nullptr ? 12 : 0;  // ENOMEM

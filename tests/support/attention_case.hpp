@@ -28,14 +28,18 @@ struct ProblemOptions {
   Index queries = 1, keys = 1, heads = 1, kv_heads = 0, dim = 8, value_dim = 8;
   Index query_offset = 0, key_offset = 0;
   std::optional<double> scale = std::nullopt;
-  bool bias = false, shared_bias = false, keep = false, row_scale = false, sinks = false, upstream_lse = false;
+  bool bias = false, shared_bias = false, keep = false, row_scale = false, sinks = false,
+       upstream_lse = false;
   std::uint64_t seed = 1;
 };
 
 /// Random operands in double; options say which exist.
 struct Problem {
   explicit Problem(const ProblemOptions& o) : options(o) {
-    shape = {.heads = o.heads, .kv_heads = o.kv_heads, .query_offset = o.query_offset, .key_offset = o.key_offset,
+    shape = {.heads = o.heads,
+             .kv_heads = o.kv_heads,
+             .query_offset = o.query_offset,
+             .key_offset = o.key_offset,
              .scale = o.scale};
     const Index kv_heads = o.kv_heads == 0 ? o.heads : o.kv_heads;
     eb::Random random(o.seed);
@@ -95,8 +99,8 @@ struct Outcome {
             .upstream_lse = dlse};
   }
   friend bool operator==(const Outcome& a, const Outcome& b) {
-    return a.out == b.out && a.lse == b.lse && a.dq == b.dq && a.dk == b.dk && a.dv == b.dv && a.dbias == b.dbias &&
-           a.drow_scale == b.drow_scale && a.dsinks == b.dsinks;
+    return a.out == b.out && a.lse == b.lse && a.dq == b.dq && a.dk == b.dk && a.dv == b.dv &&
+           a.dbias == b.dbias && a.drow_scale == b.drow_scale && a.dsinks == b.dsinks;
   }
 };
 
@@ -111,7 +115,8 @@ struct Run {
 Outcome<double> oracle(const Problem& problem, const AnyRule& rule = {});
 /// attention/kernel.hpp, operands rounded to S.  Only the first two results without `backward`.
 template <class S>
-Outcome<S> tiled(const Problem& problem, const AnyRule& rule = {}, const Run& run = {}, bool backward = true);
+Outcome<S> tiled(const Problem& problem, const AnyRule& rule = {}, const Run& run = {},
+                 bool backward = true);
 extern template Outcome<double> tiled<double>(const Problem&, const AnyRule&, const Run&, bool);
 extern template Outcome<float> tiled<float>(const Problem&, const AnyRule&, const Run&, bool);
 

@@ -26,10 +26,13 @@ class AnyMask : public eb::detail::MaskTag {
   template <eb::Mask M>
     requires(!std::is_same_v<M, AnyMask>)
   AnyMask(M mask)  // NOLINT: implicit by design
-      : mask_(std::make_shared<Model<decltype(eb::detail::as_mask(mask))>>(eb::detail::as_mask(mask))) {}
+      : mask_(std::make_shared<Model<decltype(eb::detail::as_mask(mask))>>(
+            eb::detail::as_mask(mask))) {}
 
   bool operator()(Index i, Index j, Index h) const { return mask_->keep(i, j, h); }
-  eb::TileClass classify(Index i0, Index i1, Index j0, Index j1) const { return mask_->classify(i0, i1, j0, j1); }
+  eb::TileClass classify(Index i0, Index i1, Index j0, Index j1) const {
+    return mask_->classify(i0, i1, j0, j1);
+  }
   eb::KeyRange key_range(Index i0, Index i1) const { return mask_->key_range(i0, i1); }
   template <class P>
   P lanes(const P& irel, Index i0, Index j, Index h) const {
@@ -57,9 +60,15 @@ class AnyMask : public eb::detail::MaskTag {
     eb::TileClass classify(Index i0, Index i1, Index j0, Index j1) const override {
       return eb::detail::classify(mask, i0, i1, j0, j1);
     }
-    eb::KeyRange key_range(Index i0, Index i1) const override { return eb::detail::key_range(mask, i0, i1); }
-    void lanes(Floats& irel, Index i0, Index j, Index h) const override { evaluate(irel, i0, j, h); }
-    void lanes(Doubles& irel, Index i0, Index j, Index h) const override { evaluate(irel, i0, j, h); }
+    eb::KeyRange key_range(Index i0, Index i1) const override {
+      return eb::detail::key_range(mask, i0, i1);
+    }
+    void lanes(Floats& irel, Index i0, Index j, Index h) const override {
+      evaluate(irel, i0, j, h);
+    }
+    void lanes(Doubles& irel, Index i0, Index j, Index h) const override {
+      evaluate(irel, i0, j, h);
+    }
     template <class P>
     void evaluate(P& irel, Index i0, Index j, Index h) const {
       eb::simd::lane_t<P> first[std::size_t(eb::simd::kPacketSize<P>)];
@@ -118,8 +127,12 @@ class AnyScore {
     explicit Model(F score) : f(std::move(score)) {}
     float value(float s, Index i, Index j, Index h) const override { return f(s, i, j, h); }
     double value(double s, Index i, Index j, Index h) const override { return f(s, i, j, h); }
-    float grad(float s, Index i, Index j, Index h) const override { return eb::detail::score_grad(f, s, i, j, h); }
-    double grad(double s, Index i, Index j, Index h) const override { return eb::detail::score_grad(f, s, i, j, h); }
+    float grad(float s, Index i, Index j, Index h) const override {
+      return eb::detail::score_grad(f, s, i, j, h);
+    }
+    double grad(double s, Index i, Index j, Index h) const override {
+      return eb::detail::score_grad(f, s, i, j, h);
+    }
     void lanes(Floats& s, const Floats& irel, Index i0, Index j, Index h) const override {
       s = eb::detail::score_lanes<Floats>(f, s, irel, i0, first(irel), kLast, j, h);
     }

@@ -31,7 +31,8 @@ std::vector<S> walk() {
   using Bits = std::conditional_t<sizeof(S) == 4, std::uint32_t, std::uint64_t>;
   const Bits stride = std::numeric_limits<Bits>::max() / 40'009 | 1;
   for (Bits k = 0; k < 40'009; ++k) {
-    if (const S x = std::bit_cast<S>(static_cast<Bits>(k * stride)); std::isfinite(x)) all.push_back(x);
+    if (const S x = std::bit_cast<S>(static_cast<Bits>(k * stride)); std::isfinite(x))
+      all.push_back(x);
   }
   for (int k = -20'000; k <= 20'000; ++k) all.push_back(static_cast<S>(k * 0.005001));
   for (int k = -2000; k <= 2000; ++k) all.push_back(static_cast<S>(k * 0.36));

@@ -407,10 +407,8 @@ struct MaskRef : MaskTag {
   }
   KeyRange key_range(Index i0, Index i1) const { return detail::key_range(*mask, i0, i1); }
   template <class P>
-    requires HasMaskLanes<M, P>
-  P lanes(const P& irel, Index i0, Index j, Index h) const {
-    return mask->lanes(irel, i0, j, h);
-  }
+    requires HasMaskLanes<M, P> P lanes(const P& irel, Index i0, Index j, Index h)
+  const { return mask->lanes(irel, i0, j, h); }
 };
 
 /// The rule of a cache: the caller's, by reference, and the window of a ring.
@@ -454,9 +452,9 @@ void attend_over_cache(KvCache<T>& cache, AttentionSizes n, const T* query, Inde
     lse_stride = n.heads;
   }
   const auto tiles = [&](const AttentionSizes& sizes) {
-    return ForwardTiles<S, T, CacheSource<T>, Rule>(sizes, local, rule, tensors, query, query_stride,
-                                                    CacheSource<T>{&cache}, out, out_stride, lse,
-                                                    lse_stride, TileTuning{});
+    return ForwardTiles<S, T, CacheSource<T>, Rule>(sizes, local, rule, tensors, query,
+                                                    query_stride, CacheSource<T>{&cache}, out,
+                                                    out_stride, lse, lse_stride, TileTuning{});
   };
   AttentionSizes most = n;
   most.keys = cache.slots();

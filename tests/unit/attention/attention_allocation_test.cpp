@@ -30,10 +30,13 @@ struct Tokens {
 
 /// Allocations of 40 steps after a few to warm up.
 template <class Rule>
-long step_allocations(const KvCacheOptions& options, Index rows, const Rule& rule, ExecutorRef executor = {}) {
+long step_allocations(const KvCacheOptions& options, Index rows, const Rule& rule,
+                      ExecutorRef executor = {}) {
   Tokens x(rows);
   KvCache<float> cache(options);
-  const auto step = [&] { attention_step(cache, x.q, x.k, x.v, x.out, kShape, rule, {}, executor); };
+  const auto step = [&] {
+    attention_step(cache, x.q, x.k, x.v, x.out, kShape, rule, {}, executor);
+  };
   for (int i = 0; i < 3; ++i) step();
   const AllocationCount count;
   for (int i = 0; i < 40; ++i) step();
@@ -59,7 +62,9 @@ TEST_CASE("the counter counts: new, malloc through Eigen, aligned new") {
   CHECK(*number + static_cast<int>(vector[99]) == 3);
 }
 
-TEST_CASE("attention_step allocates nothing after warm-up: any chunk, growing with room or ring, serial or threads") {
+TEST_CASE(
+    "attention_step allocates nothing after warm-up: any chunk, growing with room or ring, serial "
+    "or threads") {
   if (!AllocationCount::available) return;
   const auto causal_rule = attention_rule(causal());
   for (const KvCacheOptions& options : {kGrowing, kRing}) {
@@ -112,7 +117,8 @@ TEST_CASE("a forward call with a workspace of the right size allocates nothing")
 TEST_CASE("memory of a forward over 16384 tokens, 8 heads of 64: operands and a few MB") {
   constexpr Index kTokens = 16384;
   const AttentionShape shape{.heads = 8};
-  Matrix<float> q = Matrix<float>::Constant(kTokens, 8 * 64, 0.1f), out(kTokens, 8 * 64), lse(kTokens, 8);
+  Matrix<float> q = Matrix<float>::Constant(kTokens, 8 * 64, 0.1f), out(kTokens, 8 * 64),
+                lse(kTokens, 8);
   Workspace workspace;
   // Scratch depends on the shapes alone; a window keeps the sanitizer build fast.
   const auto rule = attention_rule(causal() & window_left(20));

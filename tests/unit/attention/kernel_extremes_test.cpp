@@ -55,11 +55,18 @@ TEST_CASE("masked keys and values may hold anything finite, up to 1e150") {
   for (const bool with_score : {false, true}) {
     AnyRule rule{eb::causal() & eb::window_left(4)};
     if (with_score) rule.score = eb::soft_cap(3.0);
-    Problem p({.queries = 17, .keys = 40, .heads = 2, .dim = 5, .value_dim = 3, .keep = true, .upstream_lse = false});
+    Problem p({.queries = 17,
+               .keys = 40,
+               .heads = 2,
+               .dim = 5,
+               .value_dim = 3,
+               .keep = true,
+               .upstream_lse = false});
     p.keep.setOnes();
     p.keep.col(7).setZero();
     const Outcome<double> want = oracle(p, rule);
-    for (const Index j : {7, 17, 18, 25, 39}) {  // by the tensor, right of the diagonal, in tiles never seen
+    for (const Index j :
+         {7, 17, 18, 25, 39}) {  // by the tensor, right of the diagonal, in tiles never seen
       p.k.row(j).setConstant(j % 2 ? 1e150 : -1e150);
       p.v.row(j).setConstant(1e150);
     }
@@ -76,11 +83,12 @@ TEST_CASE("NaN in keys that whole tiles skip is never read") {
   for (const bool with_score : {false, true}) {
     AnyRule rule{eb::causal() & eb::window_left(10)};
     if (with_score) rule.score = eb::alibi(eb::alibi_slopes(2));
-    const Problem clean({.queries = 60, .keys = 200, .heads = 2, .query_offset = 90, .sinks = true});
+    const Problem clean(
+        {.queries = 60, .keys = 200, .heads = 2, .query_offset = 90, .sinks = true});
     Problem p = clean;
     for (Matrix<double>* m : {&p.k, &p.v}) {
-      m->topRows(80).setConstant(kNaN);      // row 0 sees keys 80 .. 90
-      m->bottomRows(50).setConstant(kNaN);   // the last row sees keys 139 .. 149
+      m->topRows(80).setConstant(kNaN);     // row 0 sees keys 80 .. 90
+      m->bottomRows(50).setConstant(kNaN);  // the last row sees keys 139 .. 149
     }
     const Outcome<double> want = oracle(clean, rule);
     with_tiles([&](const Run& run) { check_close(tiled<double>(p, rule, run), want, clean); });
@@ -91,7 +99,8 @@ TEST_CASE("NaN in a visible operand shows in exactly the rows that see it") {
   for (const bool with_score : {false, true}) {
     AnyRule rule{eb::causal()};
     if (with_score) rule.score = eb::soft_cap(3.0);
-    const ProblemOptions o{.queries = 90, .keys = 90, .heads = 2, .kv_heads = 1, .dim = 4, .value_dim = 4};
+    const ProblemOptions o{
+        .queries = 90, .keys = 90, .heads = 2, .kv_heads = 1, .dim = 4, .value_dim = 4};
     const Outcome<double> want = tiled<double>(Problem(o), rule);
     const auto rows_that_changed = [&](const std::function<void(Problem&)>& spoil) {
       Problem p(o);
@@ -138,10 +147,10 @@ TEST_CASE("a bias of -inf masks; finite ones of any size do not") {
     Problem p({.queries = 13, .keys = 31, .heads = 2, .bias = !shared, .shared_bias = shared});
     const Index rows = p.bias.rows();
     p.bias(0, 4) = -kInfinity;
-    p.bias.row(5).setConstant(-kInfinity);              // dead
-    p.bias.row(6).setConstant(-1e30);                   // uniform
-    p.bias.row(7).setConstant(lowest);                  // uniform
-    p.bias.row(8).setConstant(-1e30);                   // all on key 3
+    p.bias.row(5).setConstant(-kInfinity);  // dead
+    p.bias.row(6).setConstant(-1e30);       // uniform
+    p.bias.row(7).setConstant(lowest);      // uniform
+    p.bias.row(8).setConstant(-1e30);       // all on key 3
     p.bias(8, 3) = 0.0;
     p.bias.row(rows - 1).tail(20).setConstant(-kInfinity);
     const Outcome<double> want = oracle(p);
@@ -171,7 +180,12 @@ TEST_CASE("rows without a visible key: zeros, -inf, no gradients; with a sink, i
       AnyRule rule{eb::causal()};
       if (with_score) rule.score = eb::soft_cap(3.0);
       // The first 40 of 60 queries come before key 0; upstream gradients everywhere, as a caller would have them.
-      const Problem p({.queries = 60, .keys = 25, .heads = 2, .query_offset = -40, .sinks = sinks, .upstream_lse = true});
+      const Problem p({.queries = 60,
+                       .keys = 25,
+                       .heads = 2,
+                       .query_offset = -40,
+                       .sinks = sinks,
+                       .upstream_lse = true});
       const Outcome<double> want = oracle(p, rule);
       with_tiles([&](const Run& run) {
         const Outcome<double> got = tiled<double>(p, rule, run);

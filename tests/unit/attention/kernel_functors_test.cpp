@@ -52,19 +52,27 @@ struct Bent {
 template <class Rule>
 Outcome<double> run(const Problem& p, const Rule& rule, eb::ExecutorRef executor = {}) {
   Outcome<double> r(p);
-  const auto saved = eb::attention_forward(p.q, p.k, p.v, r.out, p.shape, rule, p.tensors(), executor);
+  const auto saved =
+      eb::attention_forward(p.q, p.k, p.v, r.out, p.shape, rule, p.tensors(), executor);
   r.lse = saved.lse;
   auto gradients = r.gradients(p.options.upstream_lse ? &p.dlse : nullptr);
-  eb::attention_backward(saved, p.q, p.k, p.v, r.out, p.dout, r.dq, r.dk, r.dv, p.shape, rule, p.tensors(), &gradients,
-                         executor);
+  eb::attention_backward(saved, p.q, p.k, p.v, r.out, p.dout, r.dq, r.dk, r.dv, p.shape, rule,
+                         p.tensors(), &gradients, executor);
   return r;
 }
 
 }  // namespace
 
-TEST_CASE("a mask and a score without lanes: values, gradients, and no question about positions that do not exist") {
+TEST_CASE(
+    "a mask and a score without lanes: values, gradients, and no question about positions that do "
+    "not exist") {
   for (const Index queries : {1, 23, 30}) {
-    const Problem p({.queries = queries, .keys = 41, .heads = 4, .kv_heads = 2, .query_offset = 7, .key_offset = 3});
+    const Problem p({.queries = queries,
+                     .keys = 41,
+                     .heads = 4,
+                     .kv_heads = 2,
+                     .query_offset = 7,
+                     .key_offset = 3});
     Asked mask, score, unused;
     const auto rule = eb::attention_rule(Stripes{&mask}, Bent{&score});
     const Outcome<double> got = run(p, rule);
@@ -79,26 +87,40 @@ TEST_CASE("a mask and a score without lanes: values, gradients, and no question 
   }
 }
 
-TEST_CASE("learned ALiBi slopes: gradients against finite differences and the reference, added to what was there") {
+TEST_CASE(
+    "learned ALiBi slopes: gradients against finite differences and the reference, added to what "
+    "was there") {
   for (const Index kv_heads : {1, 4}) {
-    const Problem p({.queries = 31, .keys = 37, .heads = 4, .kv_heads = kv_heads, .query_offset = 4, .keep = true, .sinks = true,
+    const Problem p({.queries = 31,
+                     .keys = 37,
+                     .heads = 4,
+                     .kv_heads = kv_heads,
+                     .query_offset = 4,
+                     .keep = true,
+                     .sinks = true,
                      .upstream_lse = true});
     Matrix<double> slopes = 0.3 * eb::alibi_slopes(4);
     const auto rule_of = [&](Vector<double>& gradient) {
       const Vector<double> now = slopes.col(0);
-      return eb::attention_rule(eb::causal(), eb::compose(eb::alibi_with_gradient(now, gradient), eb::soft_cap(2.0)));
+      return eb::attention_rule(
+          eb::causal(), eb::compose(eb::alibi_with_gradient(now, gradient), eb::soft_cap(2.0)));
     };
     Vector<double> gradient = Vector<double>::Constant(4, 10.0);
     const Outcome<double> got = run(p, rule_of(gradient));
-    check_close(got, oracle(p, {eb::causal(), eb::compose(eb::alibi(Vector<double>(slopes.col(0))), eb::soft_cap(2.0))}), p);
+    check_close(got,
+                oracle(p, {eb::causal(), eb::compose(eb::alibi(Vector<double>(slopes.col(0))),
+                                                     eb::soft_cap(2.0))}),
+                p);
 
     const auto loss = [&] {
       Vector<double> unused(4);
       Outcome<double> r(p);
-      const auto saved = eb::attention_forward(p.q, p.k, p.v, r.out, p.shape, rule_of(unused), p.tensors());
+      const auto saved =
+          eb::attention_forward(p.q, p.k, p.v, r.out, p.shape, rule_of(unused), p.tensors());
       return r.out.cwiseProduct(p.dout).sum() + saved.lse.cwiseProduct(p.dlse).sum();
     };
-    const eb::GradcheckResult result = eb::gradcheck(loss, slopes, Matrix<double>(gradient.array() - 10.0));
+    const eb::GradcheckResult result =
+        eb::gradcheck(loss, slopes, Matrix<double>(gradient.array() - 10.0));
     CHECK_MESSAGE(result.passed, result.message());
 
     for (const int workers : {2, 7}) {

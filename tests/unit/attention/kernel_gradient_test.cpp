@@ -27,7 +27,8 @@ void check_gradients(const ProblemOptions& options, const AnyRule& rule, const R
   const Outcome<double> g = tiled<double>(p, rule, run);
   const auto check = [&](const char* name, Eigen::Ref<Matrix<double>, 0, Eigen::OuterStride<>> x,
                          const Matrix<double>& gradient) {
-    const eb::GradcheckResult result = eb::gradcheck([&] { return loss(p, rule, run); }, x, gradient);
+    const eb::GradcheckResult result =
+        eb::gradcheck([&] { return loss(p, rule, run); }, x, gradient);
     CHECK_MESSAGE(result.passed, std::string(name), ": ", result.message());
   };
   check("query", p.q, g.dq);
@@ -35,7 +36,8 @@ void check_gradients(const ProblemOptions& options, const AnyRule& rule, const R
   check("value", p.v, g.dv);
   if (p.has_bias()) check("bias", p.bias, g.dbias);
   using Column = Eigen::Map<Matrix<double>>;
-  if (options.row_scale) check("row_scale", Column(p.row_scale.data(), p.row_scale.size(), 1), g.drow_scale);
+  if (options.row_scale)
+    check("row_scale", Column(p.row_scale.data(), p.row_scale.size(), 1), g.drow_scale);
   if (options.sinks) check("sinks", Column(p.sinks.data(), p.sinks.size(), 1), g.dsinks);
 }
 
@@ -43,7 +45,8 @@ void check_gradients(const ProblemOptions& options, const AnyRule& rule, const R
 struct Bent {
   template <class S>
   S operator()(S s, Index i, Index j, Index h) const {
-    return s + S(0.05) * s * s * static_cast<S>(h + 1) + S(0.3) * std::sin(static_cast<S>(i - 2 * j));
+    return s + S(0.05) * s * s * static_cast<S>(h + 1) +
+           S(0.3) * std::sin(static_cast<S>(i - 2 * j));
   }
   template <class S>
   S grad(S s, Index, Index, Index h) const {
@@ -51,8 +54,14 @@ struct Bent {
   }
 };
 
-constexpr ProblemOptions kSmall{.queries = 7, .keys = 9, .heads = 4, .kv_heads = 2, .dim = 3, .value_dim = 2,
-                                .query_offset = 1, .upstream_lse = true};
+constexpr ProblemOptions kSmall{.queries = 7,
+                                .keys = 9,
+                                .heads = 4,
+                                .kv_heads = 2,
+                                .dim = 3,
+                                .value_dim = 2,
+                                .query_offset = 1,
+                                .upstream_lse = true};
 
 ProblemOptions everything(ProblemOptions o) {
   o.bias = o.keep = o.row_scale = o.sinks = o.upstream_lse = true;
@@ -71,7 +80,8 @@ TEST_CASE("plain scores: full, causal, windows, prefix, documents by lambda") {
 
 TEST_CASE("everything at once, on the path without and with a score functor") {
   check_gradients(everything(kSmall), {eb::causal()});
-  check_gradients(everything(kSmall), {eb::causal(), eb::compose(eb::soft_cap(1.5), eb::alibi(eb::alibi_slopes(4)))});
+  check_gradients(everything(kSmall),
+                  {eb::causal(), eb::compose(eb::soft_cap(1.5), eb::alibi(eb::alibi_slopes(4)))});
   ProblemOptions plain = everything(kSmall);
   plain.bias = false;  // no bias and no functor: exponentials in base two
   check_gradients(plain, {eb::causal()});

@@ -10,7 +10,12 @@ namespace {
 
 using namespace attention_test;
 
-constexpr ProblemOptions kOptions{.queries = 55, .keys = 140, .heads = 4, .kv_heads = 2, .query_offset = 85, .sinks = true,
+constexpr ProblemOptions kOptions{.queries = 55,
+                                  .keys = 140,
+                                  .heads = 4,
+                                  .kv_heads = 2,
+                                  .query_offset = 85,
+                                  .sinks = true,
                                   .upstream_lse = true};
 
 template <class M, class F>
@@ -22,7 +27,8 @@ void check_rule(const M& mask, const F& score, const AnyRule& erased) {
   got.lse = saved.lse;
   const auto gradients = got.gradients(&p.dlse);
   auto copy = gradients;
-  eb::attention_backward(saved, p.q, p.k, p.v, got.out, p.dout, got.dq, got.dk, got.dv, p.shape, rule, p.tensors(), &copy);
+  eb::attention_backward(saved, p.q, p.k, p.v, got.out, p.dout, got.dq, got.dk, got.dv, p.shape,
+                         rule, p.tensors(), &copy);
   CHECK(got == tiled<double>(p, erased));
 }
 

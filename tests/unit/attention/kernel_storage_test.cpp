@@ -25,15 +25,16 @@ Results<T> run(const Matrix<T>& q, const Matrix<T>& k, const Matrix<T>& v, const
   Results<T> r{Matrix<T>(dout.rows(), dout.cols()), q, k, v, {}};
   const auto rule = attention_rule(causal());
   const auto saved = attention_forward(q, k, v, r.out, kShape, rule, {}, executor);
-  attention_backward(saved, q, k, v, out_for_backward ? *out_for_backward : r.out, dout, r.dq, r.dk, r.dv, kShape, rule, {},
-                     nullptr, executor);
+  attention_backward(saved, q, k, v, out_for_backward ? *out_for_backward : r.out, dout, r.dq, r.dk,
+                     r.dv, kShape, rule, {}, nullptr, executor);
   r.lse = saved.lse;
   return r;
 }
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("16-bit storage is float on the converted operands, rounded once", T, Eigen::half, Eigen::bfloat16) {
+TEST_CASE_TEMPLATE("16-bit storage is float on the converted operands, rounded once", T,
+                   Eigen::half, Eigen::bfloat16) {
   Random random(1);
   for (const Index keys : {1, 33, 130}) {
     Matrix<T> q(53, 4 * 7), k(keys, 2 * 7), v(keys, 2 * 5), dout(53, 4 * 5);
@@ -41,8 +42,9 @@ TEST_CASE_TEMPLATE("16-bit storage is float on the converted operands, rounded o
     const Results<T> got = run<T>(q, k, v, dout);
     // The backward's D = <dout, out> uses the stored output, so float gets the same one.
     const Matrix<float> stored = got.out.template cast<float>();
-    const Results<float> want = run<float>(q.template cast<float>(), k.template cast<float>(), v.template cast<float>(),
-                                           dout.template cast<float>(), &stored);
+    const Results<float> want =
+        run<float>(q.template cast<float>(), k.template cast<float>(), v.template cast<float>(),
+                   dout.template cast<float>(), &stored);
     // Tiles differ in nothing but where the operands come from: the float results are the same bits before rounding.
     CHECK(got.lse == want.lse);
     CHECK(got.out == want.out.template cast<T>());
@@ -59,20 +61,21 @@ TEST_CASE_TEMPLATE("16-bit storage is float on the converted operands, rounded o
   }
 }
 
-TEST_CASE_TEMPLATE("strided 16-bit views and dead rows", T, Eigen::half,
-                   Eigen::bfloat16) {
+TEST_CASE_TEMPLATE("strided 16-bit views and dead rows", T, Eigen::half, Eigen::bfloat16) {
   Random random(2);
   Matrix<T> fused(20, 3 * 4);
   fill_normal(random, fused);
   const AttentionShape shape{.heads = 2, .query_offset = -5};
   const auto rule = attention_rule(causal());
   Matrix<T> out(20, 4), frame = Matrix<T>::Constant(20, 9, T(7));
-  const auto saved = attention_forward(fused.leftCols(4), fused.middleCols(4, 4), fused.rightCols(4), out, shape, rule);
+  const auto saved = attention_forward(fused.leftCols(4), fused.middleCols(4, 4),
+                                       fused.rightCols(4), out, shape, rule);
   for (Index i = 0; i < 5; ++i) {
     for (Index c = 0; c < 4; ++c) CHECK(static_cast<float>(out(i, c)) == 0.0f);
     CHECK(saved.lse(i, 0) == -std::numeric_limits<float>::infinity());
   }
-  attention_forward(fused.leftCols(4), fused.middleCols(4, 4), fused.rightCols(4), frame.middleCols(3, 4), shape, rule);
+  attention_forward(fused.leftCols(4), fused.middleCols(4, 4), fused.rightCols(4),
+                    frame.middleCols(3, 4), shape, rule);
   CHECK(frame.middleCols(3, 4) == out);
   CHECK(static_cast<float>(frame(0, 2)) == 7.0f);
   CHECK(static_cast<float>(frame(19, 7)) == 7.0f);

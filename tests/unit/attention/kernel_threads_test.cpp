@@ -18,7 +18,8 @@ struct BackwardExecutor {
 };
 
 template <class S>
-void check_executors(const ProblemOptions& options, const AnyRule& rule, const eb::detail::TileTuning& tuning = {}) {
+void check_executors(const ProblemOptions& options, const AnyRule& rule,
+                     const eb::detail::TileTuning& tuning = {}) {
   const Problem p(options);
   const Outcome<S> want = tiled<S>(p, rule, {.tuning = tuning});
   for (const int workers : {1, 2, 3, 7}) {
@@ -29,8 +30,15 @@ void check_executors(const ProblemOptions& options, const AnyRule& rule, const e
   CHECK(tiled<S>(p, rule, {.tuning = tuning, .executor = BackwardExecutor{}}) == want);
 }
 
-constexpr ProblemOptions kMedium{.queries = 150, .keys = 210, .heads = 4, .kv_heads = 2, .query_offset = 60,
-                                 .keep = true, .row_scale = true, .sinks = true, .upstream_lse = true};
+constexpr ProblemOptions kMedium{.queries = 150,
+                                 .keys = 210,
+                                 .heads = 4,
+                                 .kv_heads = 2,
+                                 .query_offset = 60,
+                                 .keep = true,
+                                 .row_scale = true,
+                                 .sinks = true,
+                                 .upstream_lse = true};
 
 }  // namespace
 
@@ -50,7 +58,8 @@ TEST_CASE("four kv heads and more: one task each") {
   o.heads = 8;
   o.kv_heads = 4;
   check_executors<double>(o, {eb::causal()});
-  check_executors<float>(o, {AnyMask([](Index i, Index j) { return (i + j) % 3 != 0; }), eb::soft_cap(2.0)});
+  check_executors<float>(
+      o, {AnyMask([](Index i, Index j) { return (i + j) % 3 != 0; }), eb::soft_cap(2.0)});
 }
 
 TEST_CASE("a bias shared by the heads, whose gradient all of them add to") {
@@ -65,13 +74,15 @@ TEST_CASE("a bias shared by the heads, whose gradient all of them add to") {
 TEST_CASE("several key chunks and batches of kv heads") {
   ProblemOptions o = kMedium;
   o.heads = o.kv_heads = 6;
-  check_executors<float>(o, {eb::causal()}, {.key_block = 16, .query_tiles = 1, .packed_scalars = 500});
+  check_executors<float>(o, {eb::causal()},
+                         {.key_block = 16, .query_tiles = 1, .packed_scalars = 500});
 }
 
 TEST_CASE("small and empty problems") {
   for (const Index queries : {0, 1, 3}) {
     for (const Index keys : {0, 1, 5}) {
-      check_executors<double>({.queries = queries, .keys = keys, .heads = 4, .sinks = true}, {eb::causal()});
+      check_executors<double>({.queries = queries, .keys = keys, .heads = 4, .sinks = true},
+                              {eb::causal()});
     }
   }
 }

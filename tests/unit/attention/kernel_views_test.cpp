@@ -29,11 +29,15 @@ struct Operands {
 struct Framed {
   Matrix<double> storage;
   Index rows, cols;
-  Framed(Index r, Index c) : storage(Matrix<double>::Constant(r + 4, c + 7, kNaN)), rows(r), cols(c) {}
-  explicit Framed(const Matrix<double>& inner) : Framed(inner.rows(), inner.cols()) { view() = inner; }
+  Framed(Index r, Index c)
+      : storage(Matrix<double>::Constant(r + 4, c + 7, kNaN)), rows(r), cols(c) {}
+  explicit Framed(const Matrix<double>& inner) : Framed(inner.rows(), inner.cols()) {
+    view() = inner;
+  }
   Eigen::Block<Matrix<double>> view() { return storage.block(2, 3, rows, cols); }
   bool frame_untouched() const {
-    return (storage.array() == storage.array()).count() <= rows * cols && storage.topRows(2).hasNaN() &&
+    return (storage.array() == storage.array()).count() <= rows * cols &&
+           storage.topRows(2).hasNaN() &&
            (storage.leftCols(3).array() != storage.leftCols(3).array()).all() &&
            (storage.rightCols(4).array() != storage.rightCols(4).array()).all() &&
            (storage.bottomRows(2).array() != storage.bottomRows(2).array()).all();
@@ -42,21 +46,23 @@ struct Framed {
 
 }  // namespace
 
-TEST_CASE("views with gaps give the bits of dense operands, and nothing outside them is read or written") {
+TEST_CASE(
+    "views with gaps give the bits of dense operands, and nothing outside them is read or "
+    "written") {
   const Operands x;
   const auto rule = attention_rule(causal());
-  Matrix<double> out(kTokens, kHeads * kValueDim), dq(x.q.rows(), x.q.cols()), dk(x.k.rows(), x.k.cols()),
-      dv(x.v.rows(), x.v.cols());
+  Matrix<double> out(kTokens, kHeads * kValueDim), dq(x.q.rows(), x.q.cols()),
+      dk(x.k.rows(), x.k.cols()), dv(x.v.rows(), x.v.cols());
   const auto saved = attention_forward(x.q, x.k, x.v, out, kShape, rule);
   attention_backward(saved, x.q, x.k, x.v, out, x.dout, dq, dk, dv, kShape, rule);
 
-  Framed q(x.q), k(x.k), v(x.v), dout(x.dout), fout(out.rows(), out.cols()), fdq(dq.rows(), dq.cols()),
-      fdk(dk.rows(), dk.cols()), fdv(dv.rows(), dv.cols());
+  Framed q(x.q), k(x.k), v(x.v), dout(x.dout), fout(out.rows(), out.cols()),
+      fdq(dq.rows(), dq.cols()), fdk(dk.rows(), dk.cols()), fdv(dv.rows(), dv.cols());
   const auto fsaved = attention_forward(q.view(), k.view(), v.view(), fout.view(), kShape, rule);
   CHECK(fsaved.lse == saved.lse);
   CHECK(fout.view() == out);
-  attention_backward(fsaved, q.view(), k.view(), v.view(), fout.view(), dout.view(), fdq.view(), fdk.view(), fdv.view(),
-                     kShape, rule);
+  attention_backward(fsaved, q.view(), k.view(), v.view(), fout.view(), dout.view(), fdq.view(),
+                     fdk.view(), fdv.view(), kShape, rule);
   CHECK(fdq.view() == dq);
   CHECK(fdk.view() == dk);
   CHECK(fdv.view() == dv);
@@ -71,11 +77,12 @@ TEST_CASE("query, key and value as column blocks of one projection, results into
   fused << x.q, x.k, x.v;
   const Matrix<double> out = attention(x.q, x.k, x.v, kShape, rule);
   Matrix<double> got(out.rows(), out.cols());
-  const auto saved = attention_forward(fused.leftCols(q_cols), fused.middleCols(q_cols, k_cols), fused.rightCols(v_cols),
-                                       got, kShape, rule);
+  const auto saved = attention_forward(fused.leftCols(q_cols), fused.middleCols(q_cols, k_cols),
+                                       fused.rightCols(v_cols), got, kShape, rule);
   CHECK(got == out);
-  attention_backward(saved, fused.leftCols(q_cols), fused.middleCols(q_cols, k_cols), fused.rightCols(v_cols), got, x.dout,
-                     dfused.leftCols(q_cols), dfused.middleCols(q_cols, k_cols), dfused.rightCols(v_cols), kShape, rule);
+  attention_backward(saved, fused.leftCols(q_cols), fused.middleCols(q_cols, k_cols),
+                     fused.rightCols(v_cols), got, x.dout, dfused.leftCols(q_cols),
+                     dfused.middleCols(q_cols, k_cols), dfused.rightCols(v_cols), kShape, rule);
   Matrix<double> dq = x.q, dk = x.k, dv = x.v;
   attention_backward(saved, x.q, x.k, x.v, out, x.dout, dq, dk, dv, kShape, rule);
   CHECK(dfused.leftCols(q_cols) == dq);

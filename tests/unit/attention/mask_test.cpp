@@ -20,9 +20,11 @@ struct Blocks {
   Index size = 4;
   bool operator()(Index i, Index j, Index) const { return i / size == j / size; }
   TileClass classify(Index i0, Index i1, Index j0, Index j1) const {
-    const Index i_first = i0 / size, i_last = (i1 - 1) / size, j_first = j0 / size, j_last = (j1 - 1) / size;
+    const Index i_first = i0 / size, i_last = (i1 - 1) / size, j_first = j0 / size,
+                j_last = (j1 - 1) / size;
     if (i_first > j_last || j_first > i_last) return TileClass::empty;
-    return i_first == i_last && j_first == j_last && i_first == j_first ? TileClass::full : TileClass::partial;
+    return i_first == i_last && j_first == j_last && i_first == j_first ? TileClass::full
+                                                                        : TileClass::partial;
   }
 };
 
@@ -72,7 +74,8 @@ TEST_CASE("classify: empty means nothing visible, full means everything") {
   for (const Named& m : all_masks()) {
     CAPTURE(m.name);
     for (int trial = 0; trial < 400; ++trial) {
-      const Index i0 = random.below(30), j0 = random.below(30), i1 = i0 + 1 + random.below(12), j1 = j0 + 1 + random.below(12);
+      const Index i0 = random.below(30), j0 = random.below(30), i1 = i0 + 1 + random.below(12),
+                  j1 = j0 + 1 + random.below(12);
       const Index h = random.below(3);
       int visible = 0, pairs = 0;
       for (Index i = i0; i < i1; ++i) {
@@ -91,7 +94,8 @@ TEST_CASE("key_range holds every visible key") {
   for (const Named& m : all_masks()) {
     CAPTURE(m.name);
     for (int trial = 0; trial < 200; ++trial) {
-      const Index i0 = random.below(60) - 20, i1 = i0 + 1 + random.below(12);  // queries may come before key 0
+      const Index i0 = random.below(60) - 20,
+                  i1 = i0 + 1 + random.below(12);  // queries may come before key 0
       const KeyRange range = m.mask.key_range(i0, i1);
       for (Index i = i0; i < i1; ++i) {
         for (Index j = 0; j < 50; ++j) {
@@ -104,7 +108,9 @@ TEST_CASE("key_range holds every visible key") {
 
 TEST_CASE("key_range is tight where work would be wasted") {
   using namespace eigenblocks;
-  const auto same = [](KeyRange a, Index begin, Index end) { return a.begin == begin && a.end == end; };
+  const auto same = [](KeyRange a, Index begin, Index end) {
+    return a.begin == begin && a.end == end;
+  };
   constexpr Index kEnd = std::numeric_limits<Index>::max();
   CHECK(same(causal().key_range(5, 8), 0, 8));
   CHECK(same(causal().key_range(-5, -2), 0, 0));
@@ -115,7 +121,8 @@ TEST_CASE("key_range is tight where work would be wasted") {
   CHECK(same((causal() & window_left(3)).key_range(5, 8), 2, 8));
   CHECK(same((causal() | prefix(20)).key_range(5, 8), 0, 20));
   CHECK(same((causal() & kOddPairs).key_range(5, 8), 0, 8));
-  CHECK(same((prefix(0) | (causal() & window_left(1))).key_range(5, 8), 4, 8));  // an empty side adds nothing
+  CHECK(same((prefix(0) | (causal() & window_left(1))).key_range(5, 8), 4,
+             8));  // an empty side adds nothing
 }
 
 TEST_CASE_TEMPLATE("lanes agree with operator() for every lane, near and far", S, float, double) {
@@ -131,7 +138,8 @@ TEST_CASE_TEMPLATE("lanes agree with operator() for every lane, near and far", S
       const Index first = w * random.below(3), h = random.below(3);
       const P keep = m.mask.lanes(eb::simd::iota<P>(static_cast<S>(first)), i0, j, h);
       S visible[std::size_t(w)];
-      eb::simd::store<P>(visible, eb::simd::select(keep, eb::simd::set1<P>(S(1)), eb::simd::zero<P>()));
+      eb::simd::store<P>(visible,
+                         eb::simd::select(keep, eb::simd::set1<P>(S(1)), eb::simd::zero<P>()));
       for (int x = 0; x < w; ++x) CHECK(visible[x] == (m.mask(i0 + first + x, j, h) ? S(1) : S(0)));
     }
   }
@@ -140,7 +148,8 @@ TEST_CASE_TEMPLATE("lanes agree with operator() for every lane, near and far", S
 TEST_CASE("masks without lanes are never asked about queries beyond the last") {
   using P = eb::simd::Packet<double>;
   Index most = 0;
-  const auto spy = eb::detail::as_mask([&](Index i, Index) { return most = std::max(most, i), true; });
+  const auto spy =
+      eb::detail::as_mask([&](Index i, Index) { return most = std::max(most, i), true; });
   (void)eb::detail::mask_lanes<P>(spy, eb::simd::iota<P>(0.0), 100, 0, 101, 5, 0);
   CHECK(most <= 101);
   CHECK(most >= 100);
@@ -151,10 +160,13 @@ TEST_CASE("same_document compares ids and refuses positions it has none for") {
   const auto mask = eb::same_document(ids);
   for (Index i = 0; i < 6; ++i) {
     for (Index j = 0; j < 6; ++j) {
-      CHECK(mask(i, j, 0) == (ids[static_cast<std::size_t>(i)] == ids[static_cast<std::size_t>(j)]));
+      CHECK(mask(i, j, 0) ==
+            (ids[static_cast<std::size_t>(i)] == ids[static_cast<std::size_t>(j)]));
     }
   }
-  CHECK_THROWS_WITH_AS((void)mask(6, 0, 0), "eigenblocks: same_document: position (6) is outside [0, 6)", std::out_of_range);
+  CHECK_THROWS_WITH_AS((void)mask(6, 0, 0),
+                       "eigenblocks: same_document: position (6) is outside [0, 6)",
+                       std::out_of_range);
   CHECK_THROWS_AS((void)mask(0, -1, 0), std::out_of_range);
 }
 
@@ -162,7 +174,8 @@ TEST_CASE("what is a mask: two or three positions, anything convertible to bool"
   using namespace eigenblocks;
   struct Nothing {};
   const auto integer = [](Index i, Index j) { return static_cast<int>(i - j); };
-  static_assert(Mask<CausalMask> && Mask<decltype(kOddPairs)> && Mask<decltype(kHeadWindow)> && Mask<decltype(integer)>);
+  static_assert(Mask<CausalMask> && Mask<decltype(kOddPairs)> && Mask<decltype(kHeadWindow)> &&
+                Mask<decltype(integer)>);
   static_assert(!Mask<Nothing> && !Mask<int>);
   CHECK((causal() & integer)(5, 4, 0));
   CHECK_FALSE((causal() & integer)(5, 5, 0));
@@ -170,9 +183,12 @@ TEST_CASE("what is a mask: two or three positions, anything convertible to bool"
 }
 
 TEST_CASE("sizes must not be negative") {
-  CHECK_THROWS_WITH_AS(eb::window_left(-1), "eigenblocks: window_left: window (-1) must not be negative",
+  CHECK_THROWS_WITH_AS(eb::window_left(-1),
+                       "eigenblocks: window_left: window (-1) must not be negative",
                        eb::invalid_argument);
-  CHECK_THROWS_WITH_AS(eb::window_right(-2), "eigenblocks: window_right: window (-2) must not be negative",
+  CHECK_THROWS_WITH_AS(eb::window_right(-2),
+                       "eigenblocks: window_right: window (-2) must not be negative",
                        eb::invalid_argument);
-  CHECK_THROWS_WITH_AS(eb::prefix(-3), "eigenblocks: prefix: length (-3) must not be negative", eb::invalid_argument);
+  CHECK_THROWS_WITH_AS(eb::prefix(-3), "eigenblocks: prefix: length (-3) must not be negative",
+                       eb::invalid_argument);
 }

@@ -13,10 +13,10 @@ Outcome<double> oracle(const Problem& p, const AnyRule& rule) {
     const eb::AttentionTensors<double> tensors = p.tensors();
     auto gradients = result.gradients(p.options.upstream_lse ? &p.dlse : nullptr);
     eb::attention_reference(p.q, p.k, p.v, result.out, result.lse, p.shape, concrete, tensors);
-    eb::attention_reference_backward(p.q, p.k, p.v, p.dout, result.dq, result.dk, result.dv, p.shape, concrete, tensors,
-                                     &gradients);
-    const eb::detail::AttentionSizes n = eb::detail::attention_sizes(p.q.rows(), p.q.cols(), p.k.rows(), p.k.cols(),
-                                                                     p.v.rows(), p.v.cols(), p.shape);
+    eb::attention_reference_backward(p.q, p.k, p.v, p.dout, result.dq, result.dk, result.dv,
+                                     p.shape, concrete, tensors, &gradients);
+    const eb::detail::AttentionSizes n = eb::detail::attention_sizes(
+        p.q.rows(), p.q.cols(), p.k.rows(), p.k.cols(), p.v.rows(), p.v.cols(), p.shape);
     std::vector<double> raw(static_cast<std::size_t>(n.keys)), score(raw);
     result.probability.resize(n.heads * n.queries, n.keys);
     for (Index h = 0; h < n.heads; ++h) {
@@ -24,7 +24,8 @@ Outcome<double> oracle(const Problem& p, const AnyRule& rule) {
         eb::detail::reference_scores(p.q, p.k, n, p.shape, concrete, tensors, i, h, raw, score);
         const auto normaliser = eb::detail::reference_normaliser(score, tensors, h);
         for (Index j = 0; j < n.keys; ++j) {
-          result.probability(h * n.queries + i, j) = normaliser.probability(score[static_cast<std::size_t>(j)]);
+          result.probability(h * n.queries + i, j) =
+              normaliser.probability(score[static_cast<std::size_t>(j)]);
         }
       }
     }
@@ -39,15 +40,17 @@ double largest(const Matrix<double>& m) { return m.size() > 0 ? m.cwiseAbs().max
 }  // namespace
 
 Bounds::Bounds(const Problem& p, const Outcome<double>& want, double unit) {
-  const Index heads = p.options.heads, group = heads / p.kv_heads(), d = p.options.dim, e = p.options.value_dim;
+  const Index heads = p.options.heads, group = heads / p.kv_heads(), d = p.options.dim,
+              e = p.options.value_dim;
   const Index queries = p.q.rows(), keys = p.k.rows();
   const auto root = [](Index n) { return std::sqrt(static_cast<double>(n)); };
-  const double scale = std::abs(p.options.scale.value_or(1 / std::sqrt(std::max(1.0, static_cast<double>(d)))));
+  const double scale =
+      std::abs(p.options.scale.value_or(1 / std::sqrt(std::max(1.0, static_cast<double>(d)))));
   const double rho = p.options.row_scale ? largest(p.row_scale) : 1.0;
   // Over all heads: the products before cancellation, |q||k| and |dout||v|; final scores; sums of P and |dS| over the rows
   // and columns.
-  double products = 0, upstream = 0, scores = p.options.sinks ? largest(p.sinks) : 0.0, columns = 0, ds_rows = 0,
-         ds_columns = 0;
+  double products = 0, upstream = 0, scores = p.options.sinks ? largest(p.sinks) : 0.0, columns = 0,
+         ds_rows = 0, ds_columns = 0;
   for (Index h = 0; h < heads && queries > 0 && keys > 0; ++h) {
     const Index kv = h / group;
     const auto q = p.q.middleCols(h * d, d), k = p.k.middleCols(kv * d, d);
@@ -64,7 +67,8 @@ Bounds::Bounds(const Problem& p, const Outcome<double>& want, double unit) {
     ds_columns = std::max(ds_columns, ds.colwise().sum().maxCoeff());
     for (Index i = 0; i < queries; ++i) {
       for (Index j = 0; j < keys; ++j) {
-        if (weight(i, j) > 0) scores = std::max(scores, std::abs(want.lse(i, h) + std::log(weight(i, j))));
+        if (weight(i, j) > 0)
+          scores = std::max(scores, std::abs(want.lse(i, h) + std::log(weight(i, j))));
       }
     }
   }
@@ -102,14 +106,16 @@ void check_zeros(const Outcome<S>& got, const Outcome<double>& want, const Probl
   for (Index h = 0; h < p.options.heads; ++h) {
     for (Index i = 0; i < queries; ++i) {
       if (!all_zero(want.probability.row(h * queries + i))) continue;
-      rows = rows && all_zero(got.out.row(i).segment(h * e, e)) && all_zero(got.dq.row(i).segment(h * d, d));
+      rows = rows && all_zero(got.out.row(i).segment(h * e, e)) &&
+             all_zero(got.dq.row(i).segment(h * d, d));
     }
   }
   for (Index kv = 0; kv < p.kv_heads(); ++kv) {
     const auto weights = want.probability.middleRows(kv * group * queries, group * queries);
     for (Index j = 0; j < keys; ++j) {
       if (!all_zero(weights.col(j))) continue;
-      columns = columns && all_zero(got.dk.row(j).segment(kv * d, d)) && all_zero(got.dv.row(j).segment(kv * e, e));
+      columns = columns && all_zero(got.dk.row(j).segment(kv * d, d)) &&
+                all_zero(got.dv.row(j).segment(kv * e, e));
     }
   }
   if (p.options.bias && !p.options.shared_bias) {
@@ -125,7 +131,8 @@ void check_zeros(const Outcome<S>& got, const Outcome<double>& want, const Probl
 }  // namespace
 
 template <class S>
-void check_close(const Outcome<S>& got, const Outcome<double>& want, const Problem& p, double unit) {
+void check_close(const Outcome<S>& got, const Outcome<double>& want, const Problem& p,
+                 double unit) {
   const Bounds bound(p, want, unit);
   const auto close = [](const char* name, const auto& g, const auto& w, double limit) {
     const double error = difference(g, w);
@@ -142,7 +149,9 @@ void check_close(const Outcome<S>& got, const Outcome<double>& want, const Probl
   check_zeros(got, want, p);
 }
 
-template void check_close<double>(const Outcome<double>&, const Outcome<double>&, const Problem&, double);
-template void check_close<float>(const Outcome<float>&, const Outcome<double>&, const Problem&, double);
+template void check_close<double>(const Outcome<double>&, const Outcome<double>&, const Problem&,
+                                  double);
+template void check_close<float>(const Outcome<float>&, const Outcome<double>&, const Problem&,
+                                 double);
 
 }  // namespace attention_test

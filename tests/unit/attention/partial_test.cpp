@@ -23,13 +23,17 @@ struct Part {
   Matrix<double> out, lse;
 };
 
-Part empty_part() { return {Matrix<double>::Zero(kRows, kHeads * kWidth), Matrix<double>::Constant(kRows, kHeads, kNone<double>)}; }
+Part empty_part() {
+  return {Matrix<double>::Zero(kRows, kHeads * kWidth),
+          Matrix<double>::Constant(kRows, kHeads, kNone<double>)};
+}
 
 std::vector<Part> random_parts(Index count, double spread = 3.0) {
   Random random(1);
   std::vector<Part> parts;
   for (Index p = 0; p < count; ++p) {
-    parts.push_back({normal_matrix<double>(random, kRows, kHeads * kWidth), normal_matrix<double>(random, kRows, kHeads, spread)});
+    parts.push_back({normal_matrix<double>(random, kRows, kHeads * kWidth),
+                     normal_matrix<double>(random, kRows, kHeads, spread)});
   }
   return parts;
 }
@@ -51,7 +55,8 @@ Part direct(const std::vector<Part>& parts) {
       for (const Part& p : parts) sum += std::exp(p.lse(i, h) - top);
       total.lse(i, h) = top + std::log(sum);
       for (const Part& p : parts) {
-        total.out.row(i).segment(h * kWidth, kWidth) += std::exp(p.lse(i, h) - top) / sum * p.out.row(i).segment(h * kWidth, kWidth);
+        total.out.row(i).segment(h * kWidth, kWidth) +=
+            std::exp(p.lse(i, h) - top) / sum * p.out.row(i).segment(h * kWidth, kWidth);
       }
     }
   }
@@ -61,7 +66,8 @@ Part direct(const std::vector<Part>& parts) {
 void check_close(const Part& a, const Part& b) {
   CHECK((a.out - b.out).cwiseAbs().maxCoeff() < 1e-14);
   for (Index i = 0; i < a.lse.size(); ++i) {
-    CHECK((a.lse.data()[i] == b.lse.data()[i] || std::abs(a.lse.data()[i] - b.lse.data()[i]) < 1e-14));
+    CHECK((a.lse.data()[i] == b.lse.data()[i] ||
+           std::abs(a.lse.data()[i] - b.lse.data()[i]) < 1e-14));
   }
 }
 
@@ -104,10 +110,12 @@ TEST_CASE("the identity is exact, also next to garbage, and two empty parts are 
   }
 }
 
-TEST_CASE_TEMPLATE("far-apart and huge log-sum-exps neither overflow nor lose the larger part", S, float, double) {
+TEST_CASE_TEMPLATE("far-apart and huge log-sum-exps neither overflow nor lose the larger part", S,
+                   float, double) {
   for (const S far : {S(1e4), S(1e30)}) {
     for (const bool larger_first : {true, false}) {
-      Matrix<S> out = Matrix<S>::Constant(1, 2, larger_first ? S(1) : S(2)), lse = Matrix<S>::Constant(1, 1, larger_first ? far : -far);
+      Matrix<S> out = Matrix<S>::Constant(1, 2, larger_first ? S(1) : S(2)),
+                lse = Matrix<S>::Constant(1, 1, larger_first ? far : -far);
       const Matrix<S> part = Matrix<S>::Constant(1, 2, larger_first ? S(2) : S(1)), part_lse = -lse;
       attention_merge_into(out, lse, part, part_lse);
       CHECK((out.array() == S(1)).all());
@@ -124,8 +132,10 @@ TEST_CASE("NaN in one part stays in its rows and survives later parts, empty one
   std::vector<Part> parts = random_parts(2);
   parts[0].lse(2, 1) = kNaN;
   parts[0].out.row(2).segment(kWidth, kWidth).setConstant(kNaN);
-  for (const std::vector<Part>& order : {std::vector<Part>{parts[0], parts[1]}, {parts[1], parts[0]},
-                                         {parts[0], empty_part(), parts[1]}, {empty_part(), parts[0]}}) {
+  for (const std::vector<Part>& order : {std::vector<Part>{parts[0], parts[1]},
+                                         {parts[1], parts[0]},
+                                         {parts[0], empty_part(), parts[1]},
+                                         {empty_part(), parts[0]}}) {
     const Part total = merge(order);
     for (Index i = 0; i < kRows; ++i) {
       for (Index h = 0; h < kHeads; ++h) {
@@ -147,12 +157,16 @@ TEST_CASE("a sink as a part of its own") {
     for (Index h = 0; h < kHeads; ++h) {
       const double lse = std::log(std::exp(part.lse(i, h)) + std::exp(0.5));
       CHECK(total.lse(i, h) == doctest::Approx(lse).epsilon(1e-14));
-      CHECK(total.out(i, h * kWidth) == doctest::Approx(part.out(i, h * kWidth) * std::exp(part.lse(i, h) - lse)).epsilon(1e-13));
+      CHECK(
+          total.out(i, h * kWidth) ==
+          doctest::Approx(part.out(i, h * kWidth) * std::exp(part.lse(i, h) - lse)).epsilon(1e-13));
     }
   }
 }
 
-TEST_CASE("merge backward against finite differences, with and without an upstream for lse, with an empty part") {
+TEST_CASE(
+    "merge backward against finite differences, with and without an upstream for lse, with an "
+    "empty part") {
   std::vector<Part> parts = random_parts(3, 1.0);
   Random random(5);
   const Matrix<double> dout = normal_matrix<double>(random, kRows, kHeads * kWidth);
@@ -160,8 +174,10 @@ TEST_CASE("merge backward against finite differences, with and without an upstre
   for (const bool with_lse : {false, true}) {
     const Part total = merge(parts);
     for (Part& part : parts) {
-      Matrix<double> dpart_out = Matrix<double>::Constant(kRows, kHeads * kWidth, kNaN), dpart_lse(kRows, kHeads);
-      attention_merge_backward(part.out, part.lse, total.out, total.lse, dout, dpart_out, dpart_lse, with_lse ? &dlse : nullptr);
+      Matrix<double> dpart_out = Matrix<double>::Constant(kRows, kHeads * kWidth, kNaN),
+                     dpart_lse(kRows, kHeads);
+      attention_merge_backward(part.out, part.lse, total.out, total.lse, dout, dpart_out, dpart_lse,
+                               with_lse ? &dlse : nullptr);
       const auto loss = [&] {
         const Part y = merge(parts);
         return y.out.cwiseProduct(dout).sum() + (with_lse ? y.lse.cwiseProduct(dlse).sum() : 0.0);
@@ -173,11 +189,13 @@ TEST_CASE("merge backward against finite differences, with and without an upstre
     }
     const Part nothing = empty_part();
     Matrix<double> dpart_out(kRows, kHeads * kWidth), dpart_lse(kRows, kHeads);
-    attention_merge_backward(nothing.out, nothing.lse, total.out, total.lse, dout, dpart_out, dpart_lse, &dlse);
+    attention_merge_backward(nothing.out, nothing.lse, total.out, total.lse, dout, dpart_out,
+                             dpart_lse, &dlse);
     CHECK((dpart_out.array() == 0.0).all());
     CHECK((dpart_lse.array() == 0.0).all());
     // all parts empty: still zeros, not exp(-inf - -inf)
-    attention_merge_backward(nothing.out, nothing.lse, nothing.out, nothing.lse, dout, dpart_out, dpart_lse, &dlse);
+    attention_merge_backward(nothing.out, nothing.lse, nothing.out, nothing.lse, dout, dpart_out,
+                             dpart_lse, &dlse);
     CHECK((dpart_out.array() == 0.0).all());
     CHECK((dpart_lse.array() == 0.0).all());
   }
@@ -186,15 +204,18 @@ TEST_CASE("merge backward against finite differences, with and without an upstre
 TEST_CASE("views, and sizes of zero") {
   const std::vector<Part> parts = random_parts(2);
   const Part want = merge(parts);
-  Matrix<double> wide = Matrix<double>::Zero(kRows, kHeads * kWidth + 5), wide_lse = Matrix<double>::Constant(kRows, kHeads + 2, kNone<double>);
+  Matrix<double> wide = Matrix<double>::Zero(kRows, kHeads * kWidth + 5),
+                 wide_lse = Matrix<double>::Constant(kRows, kHeads + 2, kNone<double>);
   for (const Part& p : parts) {
-    attention_merge_into(wide.middleCols(3, kHeads * kWidth), wide_lse.middleCols(1, kHeads), p.out, p.lse);
+    attention_merge_into(wide.middleCols(3, kHeads * kWidth), wide_lse.middleCols(1, kHeads), p.out,
+                         p.lse);
   }
   CHECK(wide.middleCols(3, kHeads * kWidth) == want.out);
   CHECK(wide_lse.middleCols(1, kHeads) == want.lse);
   Matrix<double> none(0, 8), none_lse(0, 2), narrow(3, 0), narrow_lse = Matrix<double>::Zero(3, 2);
   CHECK_NOTHROW(attention_merge_into(none, none_lse, none, none_lse));
-  CHECK_NOTHROW(attention_merge_into(narrow, narrow_lse, Matrix<double>(3, 0), Matrix<double>(narrow_lse)));
+  CHECK_NOTHROW(
+      attention_merge_into(narrow, narrow_lse, Matrix<double>(3, 0), Matrix<double>(narrow_lse)));
   CHECK(narrow_lse(0, 0) == doctest::Approx(std::log(2.0)));
 }
 
@@ -202,20 +223,26 @@ TEST_CASE("shapes that do not fit are refused before anything is written") {
   Part total = random_parts(1)[0];
   const Part before = total, part = random_parts(2)[1];
   const auto refuse = [&](const Matrix<double>& out, const Matrix<double>& lse, const char* text) {
-    CHECK_THROWS_WITH_AS(attention_merge_into(total.out, total.lse, out, lse), text, eigenblocks::invalid_argument);
+    CHECK_THROWS_WITH_AS(attention_merge_into(total.out, total.lse, out, lse), text,
+                         eigenblocks::invalid_argument);
     CHECK(total.out == before.out);
     CHECK(total.lse == before.lse);
   };
-  refuse(part.out.topRows(4), part.lse, "eigenblocks: part_out is 4 x 12, expected 5 x 12 (shape of out)");
-  refuse(part.out, part.lse.leftCols(2), "eigenblocks: part_lse is 5 x 2, expected 5 x 3 (shape of lse)");
+  refuse(part.out.topRows(4), part.lse,
+         "eigenblocks: part_out is 4 x 12, expected 5 x 12 (shape of out)");
+  refuse(part.out, part.lse.leftCols(2),
+         "eigenblocks: part_lse is 5 x 2, expected 5 x 3 (shape of lse)");
   Matrix<double> narrow(5, 11), lse(5, 3);
   CHECK_THROWS_WITH_AS(attention_merge_into(narrow, lse, narrow, lse),
-                       "eigenblocks: out is 5 x 11, its lse 5 x 3: expected the same rows and heads dividing the columns",
+                       "eigenblocks: out is 5 x 11, its lse 5 x 3: expected the same rows and "
+                       "heads dividing the columns",
                        eigenblocks::invalid_argument);
   Matrix<double> headless(5, 0);
-  CHECK_THROWS_WITH_AS(attention_merge_into(narrow, headless, narrow, headless), "eigenblocks: lse has no columns",
-                       eigenblocks::invalid_argument);
+  CHECK_THROWS_WITH_AS(attention_merge_into(narrow, headless, narrow, headless),
+                       "eigenblocks: lse has no columns", eigenblocks::invalid_argument);
   Matrix<double> dpart(5, 12), dlse(5, 2);
-  CHECK_THROWS_WITH_AS(attention_merge_backward(part.out, part.lse, before.out, before.lse, before.out, dpart, dlse),
-                       "eigenblocks: dpart_lse is 5 x 2, expected 5 x 3 (shape of lse)", eigenblocks::invalid_argument);
+  CHECK_THROWS_WITH_AS(
+      attention_merge_backward(part.out, part.lse, before.out, before.lse, before.out, dpart, dlse),
+      "eigenblocks: dpart_lse is 5 x 2, expected 5 x 3 (shape of lse)",
+      eigenblocks::invalid_argument);
 }

@@ -26,10 +26,12 @@ struct Values {
   Matrix<double> out, lse;
 };
 template <class Rule = DefaultRule>
-Values reference(const Matrix<double>& q, const Matrix<double>& k, const Matrix<double>& v, const AttentionShape& shape = {},
-                 const Rule& rule = {}, const AttentionTensors<double>& tensors = {}) {
+Values reference(const Matrix<double>& q, const Matrix<double>& k, const Matrix<double>& v,
+                 const AttentionShape& shape = {}, const Rule& rule = {},
+                 const AttentionTensors<double>& tensors = {}) {
   const Index kv_heads = shape.kv_heads == 0 ? shape.heads : shape.kv_heads;
-  Values r{Matrix<double>(q.rows(), v.cols() / kv_heads * shape.heads), Matrix<double>(q.rows(), shape.heads)};
+  Values r{Matrix<double>(q.rows(), v.cols() / kv_heads * shape.heads),
+           Matrix<double>(q.rows(), shape.heads)};
   attention_reference(q, k, v, r.out, r.lse, shape, rule, tensors);
   return r;
 }
@@ -51,7 +53,8 @@ TEST_CASE("the order of the pipeline: scale, row scale, score functor, bias, mas
   BoolMatrix keep(1, 3);
   keep << true, true, false;
   const Values r = reference(column({1}), column({2, 5, 9}), column({10, 20, 1000}), {.scale = 3.0},
-                             attention_rule(full(), plus_one), {.bias = &bias, .mask = &keep, .row_scale = &rho});
+                             attention_rule(full(), plus_one),
+                             {.bias = &bias, .mask = &keep, .row_scale = &rho});
   CHECK(r.out(0, 0) == doctest::Approx(15.0).epsilon(1e-15));
   CHECK(r.lse(0, 0) == doctest::Approx(8.5 + std::log(2.0)).epsilon(1e-15));
 }
@@ -61,27 +64,34 @@ TEST_CASE("default scale is 1/sqrt(head_dim)") {
   CHECK(reference(q, k, column({7})).lse(0, 0) == doctest::Approx(4 / 2.0).epsilon(1e-15));
 }
 
-TEST_CASE("heads read their group's keys, positions count from the offsets, a shared bias serves all heads") {
+TEST_CASE(
+    "heads read their group's keys, positions count from the offsets, a shared bias serves all "
+    "heads") {
   // 4 heads of 1 channel, 2 kv heads; scores 0: every head is the mean of the values that its row sees.
   const Matrix<double> q = Matrix<double>::Zero(2, 4), k = Matrix<double>::Zero(3, 2);
   Matrix<double> v(3, 2);
   v << 1, 10, 2, 20, 6, 60;
-  const Values r = reference(q, k, v, {.heads = 4, .kv_heads = 2, .query_offset = 6, .key_offset = 5}, attention_rule(causal()));
+  const Values r =
+      reference(q, k, v, {.heads = 4, .kv_heads = 2, .query_offset = 6, .key_offset = 5},
+                attention_rule(causal()));
   for (Index h = 0; h < 4; ++h) {
     const double unit = h < 2 ? 1.0 : 10.0;
-    CHECK(r.out(0, h) == doctest::Approx(1.5 * unit).epsilon(1e-15));  // position 6 sees keys 5 and 6
+    CHECK(r.out(0, h) ==
+          doctest::Approx(1.5 * unit).epsilon(1e-15));  // position 6 sees keys 5 and 6
     CHECK(r.out(1, h) == doctest::Approx(3.0 * unit).epsilon(1e-15));
   }
   Matrix<double> bias = Matrix<double>::Zero(2, 3);
   bias(0, 0) = kNone;  // counts as masked
   const Values b = reference(q, k, v, {.heads = 4, .kv_heads = 2}, {}, {.bias = &bias});
-  for (Index h = 0; h < 4; ++h) CHECK(b.out(0, h) == doctest::Approx((h < 2 ? 1.0 : 10.0) * 4.0).epsilon(1e-15));
+  for (Index h = 0; h < 4; ++h)
+    CHECK(b.out(0, h) == doctest::Approx((h < 2 ? 1.0 : 10.0) * 4.0).epsilon(1e-15));
 }
 
 TEST_CASE("sinks join the denominator only; dead rows are zero with lse -inf or the sink") {
   Vector<double> sinks = Vector<double>::Constant(1, 0.0);
   const auto nobody = attention_rule([](Index i, Index) { return i > 0; });
-  const Values r = reference(column({0, 0}), column({0, 0}), column({3, 6}), {}, nobody, {.sinks = &sinks});
+  const Values r =
+      reference(column({0, 0}), column({0, 0}), column({3, 6}), {}, nobody, {.sinks = &sinks});
   CHECK(r.out(0, 0) == 0.0);
   CHECK(r.lse(0, 0) == 0.0);
   CHECK(r.out(1, 0) == doctest::Approx((3 + 6) / 3.0).epsilon(1e-15));
@@ -93,10 +103,12 @@ TEST_CASE("sinks join the denominator only; dead rows are zero with lse -inf or 
 }
 
 TEST_CASE("a row of finite biases of -1e30 is the uniform average, with its gradients") {
-  const Matrix<double> q = column({1}), k = column({1, 2, 3, 4}), v = column({1, 2, 3, 6}), bias = Matrix<double>::Constant(1, 4, -1e30);
+  const Matrix<double> q = column({1}), k = column({1, 2, 3, 4}), v = column({1, 2, 3, 6}),
+                       bias = Matrix<double>::Constant(1, 4, -1e30);
   CHECK(reference(q, k, v, {}, {}, {.bias = &bias}).out(0, 0) == 3.0);
   Matrix<double> dq(1, 1), dk(4, 1), dv(4, 1);
-  attention_reference_backward(q, k, v, column({1}), dq, dk, dv, {}, DefaultRule{}, {.bias = &bias});
+  attention_reference_backward(q, k, v, column({1}), dq, dk, dv, {}, DefaultRule{},
+                               {.bias = &bias});
   CHECK((dv.array() == 0.25).all());
 }
 
@@ -110,9 +122,12 @@ TEST_CASE("NaN shows in the rows that see it") {
 
 TEST_CASE("backward against finite differences, every operand") {
   Random random(4);
-  Matrix<double> q = normal_matrix<double>(random, 4, 6), k = normal_matrix<double>(random, 5, 3), v = normal_matrix<double>(random, 5, 2),
-                 dout = normal_matrix<double>(random, 4, 4), dlse = normal_matrix<double>(random, 4, 2),
-                 bias = normal_matrix<double>(random, 8, 5), rho = normal_matrix<double>(random, 4, 1),
+  Matrix<double> q = normal_matrix<double>(random, 4, 6), k = normal_matrix<double>(random, 5, 3),
+                 v = normal_matrix<double>(random, 5, 2),
+                 dout = normal_matrix<double>(random, 4, 4),
+                 dlse = normal_matrix<double>(random, 4, 2),
+                 bias = normal_matrix<double>(random, 8, 5),
+                 rho = normal_matrix<double>(random, 4, 1),
                  sinks = normal_matrix<double>(random, 2, 1);
   const AttentionShape shape{.heads = 2, .kv_heads = 1, .query_offset = 1};
   BoolMatrix keep = BoolMatrix::Constant(4, 5, true);
@@ -120,9 +135,13 @@ TEST_CASE("backward against finite differences, every operand") {
   Matrix<double> slopes = normal_matrix<double>(random, 2, 1);
   Vector<double> slope_gradient = Vector<double>::Zero(2);
   const auto run = [&](auto&& f) {
-    const Vector<double> rho_vector = rho.col(0), sink_vector = sinks.col(0), slope_vector = slopes.col(0);
-    const auto rule = attention_rule(causal(), compose(alibi_with_gradient(slope_vector, slope_gradient), soft_cap(1.5)));
-    return f(rule, AttentionTensors<double>{.bias = &bias, .mask = &keep, .row_scale = &rho_vector, .sinks = &sink_vector});
+    const Vector<double> rho_vector = rho.col(0), sink_vector = sinks.col(0),
+                         slope_vector = slopes.col(0);
+    const auto rule = attention_rule(
+        causal(), compose(alibi_with_gradient(slope_vector, slope_gradient), soft_cap(1.5)));
+    return f(rule,
+             AttentionTensors<double>{
+                 .bias = &bias, .mask = &keep, .row_scale = &rho_vector, .sinks = &sink_vector});
   };
   const auto loss = [&] {
     return run([&](const auto& rule, const auto& tensors) {
@@ -132,7 +151,8 @@ TEST_CASE("backward against finite differences, every operand") {
   };
   Matrix<double> dq = q, dk = k, dv = v, dbias = bias;
   Vector<double> drho(4), dsinks(2);
-  AttentionTensorGradients<double> gradients{.bias = &dbias, .row_scale = &drho, .sinks = &dsinks, .upstream_lse = &dlse};
+  AttentionTensorGradients<double> gradients{
+      .bias = &dbias, .row_scale = &drho, .sinks = &dsinks, .upstream_lse = &dlse};
   run([&](const auto& rule, const auto& tensors) {
     attention_reference_backward(q, k, v, dout, dq, dk, dv, shape, rule, tensors, &gradients);
     return 0;
@@ -152,14 +172,19 @@ TEST_CASE("backward against finite differences, every operand") {
 
 TEST_CASE("shapes of results are checked before anything is written") {
   const Matrix<double> q = column({1, 2}), k = column({1, 2, 3});
-  Matrix<double> out = Matrix<double>::Constant(2, 1, 5.0), lse(2, 1), wrong(3, 1), dq(2, 1), dk(3, 1);
+  Matrix<double> out = Matrix<double>::Constant(2, 1, 5.0), lse(2, 1), wrong(3, 1), dq(2, 1),
+                 dk(3, 1);
   CHECK_THROWS_WITH_AS(attention_reference(q, k, k, wrong, lse, {}),
-                       "eigenblocks: out is 3 x 1, expected 2 x 1 (queries x heads * value_dim)", eigenblocks::invalid_argument);
-  CHECK_THROWS_WITH_AS(attention_reference(q, k, k, out, wrong, {}), "eigenblocks: lse is 3 x 1, expected 2 x 1 (queries x heads)",
+                       "eigenblocks: out is 3 x 1, expected 2 x 1 (queries x heads * value_dim)",
+                       eigenblocks::invalid_argument);
+  CHECK_THROWS_WITH_AS(attention_reference(q, k, k, out, wrong, {}),
+                       "eigenblocks: lse is 3 x 1, expected 2 x 1 (queries x heads)",
                        eigenblocks::invalid_argument);
   CHECK((out.array() == 5.0).all());
   CHECK_THROWS_WITH_AS(attention_reference_backward(q, k, k, wrong, dq, dk, dk, {}),
-                       "eigenblocks: dout is 3 x 1, expected 2 x 1 (shape of out)", eigenblocks::invalid_argument);
+                       "eigenblocks: dout is 3 x 1, expected 2 x 1 (shape of out)",
+                       eigenblocks::invalid_argument);
   CHECK_THROWS_WITH_AS(attention_reference_backward(q, k, k, out, dk, dk, dk, {}),
-                       "eigenblocks: dquery is 3 x 1, expected 2 x 1 (shape of query)", eigenblocks::invalid_argument);
+                       "eigenblocks: dquery is 3 x 1, expected 2 x 1 (shape of query)",
+                       eigenblocks::invalid_argument);
 }

@@ -57,7 +57,8 @@ TEST_CASE_TEMPLATE("lanes and grad_lanes agree with the scalar forms", S, float,
   for (const Named& n : all_scores()) {
     CAPTURE(n.name);
     for (int trial = 0; trial < 200; ++trial) {
-      const Index i0 = random.below(50), j = random.below(50), first = w * random.below(3), h = random.below(3);
+      const Index i0 = random.below(50), j = random.below(50), first = w * random.below(3),
+                  h = random.below(3);
       S s[std::size_t(w)], value[std::size_t(w)], slope[std::size_t(w)];
       for (S& x : s) x = static_cast<S>(3 * random.normal());
       const P packet = eb::simd::load<P>(s), irel = eb::simd::iota<P>(static_cast<S>(first));
@@ -66,8 +67,10 @@ TEST_CASE_TEMPLATE("lanes and grad_lanes agree with the scalar forms", S, float,
       for (int x = 0; x < w; ++x) {
         const Index i = i0 + first + x;
         const double want = static_cast<double>(n.score(s[x], i, j, h));
-        CHECK(std::abs(static_cast<double>(value[x]) - want) <= tolerance * std::max(4.0, std::abs(want)));
-        CHECK(std::abs(static_cast<double>(slope[x] - n.score.grad(s[x], i, j, h))) <= tolerance * 4);
+        CHECK(std::abs(static_cast<double>(value[x]) - want) <=
+              tolerance * std::max(4.0, std::abs(want)));
+        CHECK(std::abs(static_cast<double>(slope[x] - n.score.grad(s[x], i, j, h))) <=
+              tolerance * 4);
       }
     }
   }
@@ -94,7 +97,9 @@ TEST_CASE("soft_cap: odd, bounded by cap, identity when off, linear near zero") 
   CHECK(eb::soft_cap(0.0)(1e6, 0, 0, 0) == 1e6);
   CHECK(eb::soft_cap(0.0).grad(1e6, 0, 0, 0) == 1.0);
   CHECK(cap.grad(0.0, 0, 0, 0) == 1.0);
-  CHECK_THROWS_WITH_AS(eb::soft_cap(-1.0), "eigenblocks: soft_cap: cap (-1) must be finite and >= 0", eb::invalid_argument);
+  CHECK_THROWS_WITH_AS(eb::soft_cap(-1.0),
+                       "eigenblocks: soft_cap: cap (-1) must be finite and >= 0",
+                       eb::invalid_argument);
   CHECK_THROWS_AS(eb::soft_cap(std::numeric_limits<double>::infinity()), eb::invalid_argument);
   CHECK_THROWS_AS(eb::soft_cap(std::numeric_limits<double>::quiet_NaN()), eb::invalid_argument);
 }
@@ -112,7 +117,8 @@ TEST_CASE("alibi: distance, both conventions, additive and relative flags") {
   // Distances that float can hold are exact in lanes, whatever the positions.
   using P = eb::simd::Packet<float>;
   float out[eb::simd::kLanes<float>];
-  eb::simd::store<P>(out, eb::alibi(slopes).lanes(eb::simd::zero<P>(), eb::simd::iota<P>(0.0f), 1'000'000'007, 1'000'000'000, 0));
+  eb::simd::store<P>(out, eb::alibi(slopes).lanes(eb::simd::zero<P>(), eb::simd::iota<P>(0.0f),
+                                                  1'000'000'007, 1'000'000'000, 0));
   CHECK(out[0] == -3.5f);
 
   using Both = decltype(both);
@@ -120,7 +126,8 @@ TEST_CASE("alibi: distance, both conventions, additive and relative flags") {
   using Capped = decltype(eb::compose(eb::soft_cap(1.0), both));
   static_assert(!Capped::additive && Capped::relative);
   static_assert(decltype(eb::compose(both, past))::additive);
-  static_assert(!eb::ComposedScore<Both, Quadratic>::relative && !eb::ComposedScore<Both, Quadratic>::additive);
+  static_assert(!eb::ComposedScore<Both, Quadratic>::relative &&
+                !eb::ComposedScore<Both, Quadratic>::additive);
   static_assert(eb::Score<Quadratic> && !eb::Score<int>);
 }
 
@@ -130,7 +137,8 @@ TEST_CASE("the order of a composition matters: cap then bias is not bias then ca
   const auto bias = eb::alibi(slopes);
   CHECK(eb::compose(cap, bias)(3.0, 4, 1, 0) == bias(cap(3.0, 4, 1, 0), 4, 1, 0));
   CHECK(eb::compose(bias, cap)(3.0, 4, 1, 0) == cap(bias(3.0, 4, 1, 0), 4, 1, 0));
-  CHECK(std::abs(eb::compose(cap, bias)(3.0, 4, 1, 0) - eb::compose(bias, cap)(3.0, 4, 1, 0)) > 1.0);
+  CHECK(std::abs(eb::compose(cap, bias)(3.0, 4, 1, 0) - eb::compose(bias, cap)(3.0, 4, 1, 0)) >
+        1.0);
 }
 
 TEST_CASE("learned slopes: accumulate adds -ds |i - j|, through what comes after") {
@@ -152,9 +160,10 @@ TEST_CASE("learned slopes: accumulate adds -ds |i - j|, through what comes after
   CHECK(gradient[0] == -0.5 * 4);
 
   Vector<double> wrong(3);
-  CHECK_THROWS_WITH_AS(eb::alibi_with_gradient(slopes, wrong),
-                       "eigenblocks: alibi_with_gradient: slopes_gradient has 3 entries, expected 2 (one per slope)",
-                       eb::invalid_argument);
+  CHECK_THROWS_WITH_AS(
+      eb::alibi_with_gradient(slopes, wrong),
+      "eigenblocks: alibi_with_gradient: slopes_gradient has 3 entries, expected 2 (one per slope)",
+      eb::invalid_argument);
 }
 
 TEST_CASE("alibi_slopes: powers of two, and both conventions elsewhere") {
@@ -162,17 +171,21 @@ TEST_CASE("alibi_slopes: powers of two, and both conventions elsewhere") {
     for (const auto convention : {eb::AlibiConvention::bloom, eb::AlibiConvention::mpt}) {
       const Vector<double> slopes = eb::alibi_slopes(heads, convention);
       for (Index h = 0; h < heads; ++h) {
-        CHECK(slopes[h] == std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(heads)));
+        CHECK(slopes[h] ==
+              std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(heads)));
       }
     }
   }
   // 6 heads: 4 slopes of 4 heads, then every second of 8; MPT: odd-indexed of 8, then even-indexed.
-  const Vector<double> bloom = eb::alibi_slopes(6), mpt = eb::alibi_slopes(6, eb::AlibiConvention::mpt);
+  const Vector<double> bloom = eb::alibi_slopes(6),
+                       mpt = eb::alibi_slopes(6, eb::AlibiConvention::mpt);
   const double bloom_exponents[] = {2, 4, 6, 8, 1, 3}, mpt_exponents[] = {2, 4, 6, 8, 1, 3};
   for (Index h = 0; h < 6; ++h) {
     CHECK(bloom[h] == std::exp2(-bloom_exponents[h]));
     CHECK(mpt[h] == std::exp2(-mpt_exponents[h]));
   }
   CHECK(eb::alibi_slopes<float>(12).size() == 12);
-  CHECK_THROWS_WITH_AS(eb::alibi_slopes(0), "eigenblocks: alibi_slopes: heads (0) must be at least 1", eb::invalid_argument);
+  CHECK_THROWS_WITH_AS(eb::alibi_slopes(0),
+                       "eigenblocks: alibi_slopes: heads (0) must be at least 1",
+                       eb::invalid_argument);
 }

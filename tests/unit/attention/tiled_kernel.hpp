@@ -23,12 +23,13 @@ Outcome<S> run_tiles(const Problem& p, const Rule& rule, const Run& run, bool ba
                                         .sinks = p.options.sinks ? &sinks : nullptr};
   Outcome<S> result(p);
   eb::Workspace workspace;
-  eb::detail::attention_forward_into<Shape>(q, k, v, result.out, result.lse, p.shape, rule, tensors, run.executor,
-                                            workspace, run.tuning);
+  eb::detail::attention_forward_into<Shape>(q, k, v, result.out, result.lse, p.shape, rule, tensors,
+                                            run.executor, workspace, run.tuning);
   if (!backward) return result;
   const auto gradients = result.gradients(p.options.upstream_lse ? &dlse : nullptr);
-  eb::detail::attention_backward_into<Shape>(result.lse, q, k, v, result.out, dout, result.dq, result.dk, result.dv,
-                                             p.shape, rule, tensors, &gradients, run.executor, workspace, run.tuning);
+  eb::detail::attention_backward_into<Shape>(result.lse, q, k, v, result.out, dout, result.dq,
+                                             result.dk, result.dv, p.shape, rule, tensors,
+                                             &gradients, run.executor, workspace, run.tuning);
   return result;
 }
 

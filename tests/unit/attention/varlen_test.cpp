@@ -44,7 +44,12 @@ struct Results {
   Matrix<double> out, lse, dq, dk, dv;
   Vector<double> drow_scale, dsinks;
   explicit Results(const Packed& p)
-      : out(p.dout.rows(), p.dout.cols()), lse(p.q.rows(), kHeads), dq(p.q), dk(p.k), dv(p.v), drow_scale(p.q.rows()),
+      : out(p.dout.rows(), p.dout.cols()),
+        lse(p.q.rows(), kHeads),
+        dq(p.q),
+        dk(p.k),
+        dv(p.v),
+        drow_scale(p.q.rows()),
         dsinks(Vector<double>::Zero(kHeads)) {}
   friend bool operator==(const Results&, const Results&) = default;
 };
@@ -61,10 +66,11 @@ Results packed(const Packed& p, const Rule& rule, bool extras, eb::ExecutorRef e
   } else {
     r.drow_scale.setZero();
   }
-  const auto saved = eb::attention_varlen_forward(p.q, p.k, p.v, p.cu_q, p.cu_k, r.out, p.shape, rule, tensors, executor);
+  const auto saved = eb::attention_varlen_forward(p.q, p.k, p.v, p.cu_q, p.cu_k, r.out, p.shape,
+                                                  rule, tensors, executor);
   r.lse = saved.lse;
-  eb::attention_varlen_backward(saved, p.q, p.k, p.v, p.cu_q, p.cu_k, r.out, p.dout, r.dq, r.dk, r.dv, p.shape, rule, tensors,
-                                &gradients, executor);
+  eb::attention_varlen_backward(saved, p.q, p.k, p.v, p.cu_q, p.cu_k, r.out, p.dout, r.dq, r.dk,
+                                r.dv, p.shape, rule, tensors, &gradients, executor);
   return r;
 }
 
@@ -93,8 +99,9 @@ Results one_by_one(const Packed& p, const Rule& rule, bool extras) {
     auto out = r.out.middleRows(q0, tq);
     const auto saved = eb::attention_forward(q, k, v, out, shape, rule, tensors);
     r.lse.middleRows(q0, tq) = saved.lse;
-    eb::attention_backward(saved, q, k, v, out, p.dout.middleRows(q0, tq), r.dq.middleRows(q0, tq), r.dk.middleRows(k0, tk),
-                           r.dv.middleRows(k0, tk), shape, rule, tensors, &gradients);
+    eb::attention_backward(saved, q, k, v, out, p.dout.middleRows(q0, tq), r.dq.middleRows(q0, tq),
+                           r.dk.middleRows(k0, tk), r.dv.middleRows(k0, tk), shape, rule, tensors,
+                           &gradients);
     if (extras) {
       r.drow_scale.segment(q0, tq) = drho;
       r.dsinks += dsinks;
@@ -116,9 +123,15 @@ void check_same(const Results& got, const Results& want) {
 }  // namespace
 
 TEST_CASE("the bits of one call per sequence, sequences of length zero included") {
-  const Lengths cases[][2] = {{{5, 17, 1, 30}, {5, 17, 1, 30}},       {{3, 0, 8}, {3, 0, 8}}, {{4, 9, 2}, {11, 9, 1}},
-                              {{5, 6}, {0, 40}},                     {{0, 7}, {12, 0}},      {{0, 0}, {0, 0}},
-                              {{60}, {60}},                          {{}, {}},               {{1, 1, 1, 1, 1, 1, 1}, {3, 1, 4, 1, 5, 9, 2}}};
+  const Lengths cases[][2] = {{{5, 17, 1, 30}, {5, 17, 1, 30}},
+                              {{3, 0, 8}, {3, 0, 8}},
+                              {{4, 9, 2}, {11, 9, 1}},
+                              {{5, 6}, {0, 40}},
+                              {{0, 7}, {12, 0}},
+                              {{0, 0}, {0, 0}},
+                              {{60}, {60}},
+                              {{}, {}},
+                              {{1, 1, 1, 1, 1, 1, 1}, {3, 1, 4, 1, 5, 9, 2}}};
   const AnyRule rules[] = {{eb::causal()}, {eb::window_left(4), eb::soft_cap(2.0)}};
   for (const auto& lengths : cases) {
     const Packed p(lengths[0], lengths[1]);
@@ -141,7 +154,8 @@ TEST_CASE("self-attention over packed documents is a document mask over the whol
   const Packed p({9, 1, 0, 20, 14}, {9, 1, 0, 20, 14});
   std::vector<Index> ids;
   for (std::size_t b = 0; b < p.sequences(); ++b) {
-    ids.insert(ids.end(), static_cast<std::size_t>(p.cu_q[b + 1] - p.cu_q[b]), static_cast<Index>(b));
+    ids.insert(ids.end(), static_cast<std::size_t>(p.cu_q[b + 1] - p.cu_q[b]),
+               static_cast<Index>(b));
   }
   const AnyRule causal{eb::causal()};
   causal.visit([&](const auto& rule) {
@@ -150,8 +164,11 @@ TEST_CASE("self-attention over packed documents is a document mask over the whol
     const auto documents = eb::attention_rule(eb::causal() & eb::same_document(ids));
     eb::AttentionTensorGradients<double> gradients{.upstream_lse = &p.dlse};
     const auto saved = eb::attention_forward(p.q, p.k, p.v, got.out, p.shape, documents);
-    eb::attention_backward(saved, p.q, p.k, p.v, got.out, p.dout, got.dq, got.dk, got.dv, p.shape, documents, {}, &gradients);
-    const auto close = [](const Matrix<double>& a, const Matrix<double>& b) { return (a - b).cwiseAbs().maxCoeff() < 1e-13; };
+    eb::attention_backward(saved, p.q, p.k, p.v, got.out, p.dout, got.dq, got.dk, got.dv, p.shape,
+                           documents, {}, &gradients);
+    const auto close = [](const Matrix<double>& a, const Matrix<double>& b) {
+      return (a - b).cwiseAbs().maxCoeff() < 1e-13;
+    };
     CHECK(close(got.out, want.out));
     CHECK(close(saved.lse, want.lse));
     CHECK(close(got.dq, want.dq));
@@ -176,8 +193,9 @@ TEST_CASE("bad packings are refused with the numbers, before anything is written
   const auto refuse = [&](const Lengths& cu_q, const Lengths& cu_k, const std::string& text,
                           const eb::AttentionShape& shape = {.heads = kHeads, .kv_heads = kKvHeads},
                           const eb::AttentionTensors<double>& tensors = {}) {
-    CHECK_THROWS_WITH_AS(eb::attention_varlen_forward(p.q, p.k, p.v, cu_q, cu_k, out, shape, rule, tensors),
-                         ("eigenblocks: " + text).c_str(), eb::invalid_argument);
+    CHECK_THROWS_WITH_AS(
+        eb::attention_varlen_forward(p.q, p.k, p.v, cu_q, cu_k, out, shape, rule, tensors),
+        ("eigenblocks: " + text).c_str(), eb::invalid_argument);
     CHECK((out.array() == 9.0).all());
   };
   const Lengths q{0, 3, 7}, k{0, 5, 7};
@@ -188,13 +206,16 @@ TEST_CASE("bad packings are refused with the numbers, before anything is written
   refuse({0, 3, 6}, k, "cu_seqlens_q ends at 6, expected the 7 rows of query");
   refuse(q, {0, 5, 9}, "cu_seqlens_k ends at 9, expected the 7 rows of key");
   refuse(q, {0, 5, 6, 7}, "cu_seqlens_q has 3 entries, cu_seqlens_k has 4: expected as many");
-  refuse(q, k, "query_offset (1) and key_offset (0) must be 0: packing aligns each sequence at the bottom right",
+  refuse(q, k,
+         "query_offset (1) and key_offset (0) must be 0: packing aligns each sequence at the "
+         "bottom right",
          {.heads = kHeads, .kv_heads = kKvHeads, .query_offset = 1});
   const Matrix<double> bias(7, 7);
-  refuse(q, k, "bias and mask tensors have no place over packed sequences; express them in the rule",
+  refuse(q, k,
+         "bias and mask tensors have no place over packed sequences; express them in the rule",
          {.heads = kHeads, .kv_heads = kKvHeads}, {.bias = &bias});
   const Vector<double> rho(6);
-  refuse(q, k, "row_scale has 6 entries, expected 7 (one per query row)", {.heads = kHeads, .kv_heads = kKvHeads},
-         {.row_scale = &rho});
+  refuse(q, k, "row_scale has 6 entries, expected 7 (one per query row)",
+         {.heads = kHeads, .kv_heads = kKvHeads}, {.row_scale = &rho});
   refuse(q, k, "kv_heads (3) must divide heads (4)", {.heads = 4, .kv_heads = 3});
 }

@@ -29,9 +29,9 @@ TEST_CASE("messages join text, numbers, flags and enumerators") {
 
 TEST_CASE("require throws invalid_argument with the joined message, and only when it fails") {
   CHECK_NOTHROW(detail::require(true, "never read"));
-  CHECK_THROWS_WITH_AS(
-      detail::require(false, "kv_heads (", 5, ") must divide heads (", 12, ")"),
-      "eigenblocks: kv_heads (5) must divide heads (12)", eigenblocks::invalid_argument);
+  CHECK_THROWS_WITH_AS(detail::require(false, "kv_heads (", 5, ") must divide heads (", 12, ")"),
+                       "eigenblocks: kv_heads (5) must divide heads (12)",
+                       eigenblocks::invalid_argument);
   CHECK_THROWS_AS(detail::require(false, "x"), std::invalid_argument);
 }
 

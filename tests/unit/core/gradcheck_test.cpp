@@ -78,7 +78,8 @@ TEST_CASE("NaN and infinity never pass") {
     // and a loss that is not a number, with a gradient that agrees with nothing
     double dummy = 0;
     Matrix<double> x = Matrix<double>::Zero(1, 1);
-    CHECK_FALSE(gradcheck([&] { return x(0, 0) + dummy * 0 + bad; }, x, Matrix<double>::Ones(1, 1)).passed);
+    CHECK_FALSE(
+        gradcheck([&] { return x(0, 0) + dummy * 0 + bad; }, x, Matrix<double>::Ones(1, 1)).passed);
   }
 }
 
@@ -124,7 +125,8 @@ TEST_CASE("sizes that are empty or large, and shapes that differ") {
 
 TEST_CASE("the message shows both derivatives") {
   Matrix<double> x = Matrix<double>::Constant(1, 1, 3.0);
-  const GradcheckResult result = gradcheck([&] { return 2 * x(0, 0); }, x, Matrix<double>::Ones(1, 1));
+  const GradcheckResult result =
+      gradcheck([&] { return 2 * x(0, 0); }, x, Matrix<double>::Ones(1, 1));
   CHECK_FALSE(result.passed);
   CHECK(result.message().find("entry (0, 0): analytic 1, numeric 2, error / tolerance ") == 0);
 }

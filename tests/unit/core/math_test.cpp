@@ -27,10 +27,13 @@ struct Function {
   std::string name;
   Rows<S> packets, scalars;
   Real (*oracle)(Real);
-  Real (*bound)(Real x);        // bound, in units of the last place of the result
-  Real (*inside)(Real x);       // the exponential the function is made of: the bound holds where it is a normal number
-  Real (*limit)(Real);          // exact value beyond
-  Real (*scale)(Real) = nullptr;  // for sums that cancel: the larger term, in whose units the error is then counted
+  Real (*bound)(Real x);  // bound, in units of the last place of the result
+  Real (*inside)(
+      Real
+          x);  // the exponential the function is made of: the bound holds where it is a normal number
+  Real (*limit)(Real);  // exact value beyond
+  Real (*scale)(Real) =
+      nullptr;  // for sums that cancel: the larger term, in whose units the error is then counted
 };
 
 template <class S>
@@ -47,7 +50,8 @@ void check(const Function<S>& f, const std::vector<S>& in) {
       if (f.inside(x) < kSmallest<S> * (1 + Real(1e-3))) {
         // The limit, or a last product of x or x^2 with a subnormal number.
         const Real dust = kSmallest<S> * std::min(1 + x * x, Real(1500));
-        if (y != static_cast<S>(f.limit(x)) && !(std::abs(y - f.limit(x)) <= dust)) not_limit = in[i];
+        if (y != static_cast<S>(f.limit(x)) && !(std::abs(y - f.limit(x)) <= dust))
+          not_limit = in[i];
         continue;
       }
       const Real want = f.oracle(x), error = std::abs(y - want);
@@ -59,14 +63,15 @@ void check(const Function<S>& f, const std::vector<S>& in) {
         got = out[i];
       }
     }
-    INFO("worst at ", at, ": ", got, ", the bound being ", static_cast<double>(f.bound(at)), " ulp");
+    INFO("worst at ", at, ": ", got, ", the bound being ", static_cast<double>(f.bound(at)),
+         " ulp");
     CHECK(static_cast<double>(worst) <= 1.0);
     CHECK_MESSAGE(not_limit == S(0), "not the limit at ", not_limit);
   }
 }
 
-#define EIGENBLOCKS_TEST_FUNCTION(name)                                                                            \
-  #name, [](const S* in, S* out, Index n) { simd::transform(in, out, n, [](auto x) { return simd::name(x); }); }, \
+#define EIGENBLOCKS_TEST_FUNCTION(name) \
+#name, [](const S* in, S* out, Index n) { simd::transform(in, out, n, [](auto x) { return simd::name(x); }); }, \
       [](const S* in, S* out, Index n) {                                                                           \
         for (Index i = 0; i < n; ++i) out[i] = simd::name(in[i]);                                                  \
       }
@@ -84,7 +89,9 @@ Real gelu_slope(Real x) { return x * std::exp(-x * x / 2) * 0.398942280401432677
 constexpr Real kScale = 0.797884560802865355879892119868763737L;  // sqrt(2 / pi)
 Real twice_inner(Real x) { return 2 * kScale * (x + 0.044715L * x * x * x); }
 Real gate(Real x) { return sigmoid(twice_inner(x)); }
-Real gate_slope(Real x) { return x * gate(x) * gate(-x) * 2 * kScale * (1 + 3 * 0.044715L * x * x); }
+Real gate_slope(Real x) {
+  return x * gate(x) * gate(-x) * 2 * kScale * (1 + 3 * 0.044715L * x * x);
+}
 
 template <int N>
 Real constant(Real) {
@@ -103,17 +110,23 @@ std::vector<Function<S>> table() {
   return {
       {EIGENBLOCKS_TEST_FUNCTION(sigmoid), sigmoid, constant<4>, exponential, zero_or_one},
       {EIGENBLOCKS_TEST_FUNCTION(silu), silu, constant<4>, exponential, zero_or_x},
-      {EIGENBLOCKS_TEST_FUNCTION(tanh), [](Real x) { return std::tanh(x); }, constant<4>, constant<1>, sign},
+      {EIGENBLOCKS_TEST_FUNCTION(tanh), [](Real x) { return std::tanh(x); }, constant<4>,
+       constant<1>, sign},
       {EIGENBLOCKS_TEST_FUNCTION(softplus), softplus, constant<4>, exponential, zero_or_x},
       {EIGENBLOCKS_TEST_FUNCTION(normal_cdf), normal_cdf, constant<8>, normal_tail, zero_or_one},
-      {EIGENBLOCKS_TEST_FUNCTION(gelu), [](Real x) { return x * normal_cdf(x); }, constant<8>, normal_tail, zero_or_x},
-      {EIGENBLOCKS_TEST_FUNCTION(gelu_tanh), [](Real x) { return x * gate(x); }, gate_ulps, gate_tail, zero_or_x},
-      {EIGENBLOCKS_TEST_FUNCTION(silu_grad), [](Real x) { return sigmoid(x) + silu_slope(x); }, constant<6>, exponential,
-       zero_or_one, [](Real x) { return std::max(sigmoid(x), std::abs(silu_slope(x))); }},
-      {EIGENBLOCKS_TEST_FUNCTION(gelu_grad), [](Real x) { return normal_cdf(x) + gelu_slope(x); }, gaussian_ulps,
-       normal_tail, zero_or_one, [](Real x) { return std::max(normal_cdf(x), std::abs(gelu_slope(x))); }},
-      {EIGENBLOCKS_TEST_FUNCTION(gelu_tanh_grad), [](Real x) { return gate(x) + gate_slope(x); }, gate_ulps, gate_tail,
-       zero_or_one, [](Real x) { return std::max(gate(x), std::abs(gate_slope(x))); }},
+      {EIGENBLOCKS_TEST_FUNCTION(gelu), [](Real x) { return x * normal_cdf(x); }, constant<8>,
+       normal_tail, zero_or_x},
+      {EIGENBLOCKS_TEST_FUNCTION(gelu_tanh), [](Real x) { return x * gate(x); }, gate_ulps,
+       gate_tail, zero_or_x},
+      {EIGENBLOCKS_TEST_FUNCTION(silu_grad), [](Real x) { return sigmoid(x) + silu_slope(x); },
+       constant<6>, exponential, zero_or_one,
+       [](Real x) { return std::max(sigmoid(x), std::abs(silu_slope(x))); }},
+      {EIGENBLOCKS_TEST_FUNCTION(gelu_grad), [](Real x) { return normal_cdf(x) + gelu_slope(x); },
+       gaussian_ulps, normal_tail, zero_or_one,
+       [](Real x) { return std::max(normal_cdf(x), std::abs(gelu_slope(x))); }},
+      {EIGENBLOCKS_TEST_FUNCTION(gelu_tanh_grad), [](Real x) { return gate(x) + gate_slope(x); },
+       gate_ulps, gate_tail, zero_or_one,
+       [](Real x) { return std::max(gate(x), std::abs(gate_slope(x))); }},
   };
 }
 
@@ -127,8 +140,14 @@ TEST_CASE_TEMPLATE("activations stay within their table of errors", S, float, do
 
 TEST_CASE_TEMPLATE("limits at infinity are exact, NaN stays NaN, zero is exact", S, float, double) {
   constexpr S inf = std::numeric_limits<S>::infinity();
-  const S in[] = {-inf, inf, std::numeric_limits<S>::quiet_NaN(), S(0), S(-0.0), std::numeric_limits<S>::max(),
-                  std::numeric_limits<S>::lowest(), std::numeric_limits<S>::denorm_min()};
+  const S in[] = {-inf,
+                  inf,
+                  std::numeric_limits<S>::quiet_NaN(),
+                  S(0),
+                  S(-0.0),
+                  std::numeric_limits<S>::max(),
+                  std::numeric_limits<S>::lowest(),
+                  std::numeric_limits<S>::denorm_min()};
   for (const Function<S>& f : table<S>()) {
     INFO(f.name);
     for (const Rows<S> rows : {f.packets, f.scalars}) {
@@ -146,7 +165,8 @@ TEST_CASE_TEMPLATE("limits at infinity are exact, NaN stays NaN, zero is exact",
   }
 }
 
-TEST_CASE_TEMPLATE("sigmoid_pair gives the value and its complement with full relative accuracy", S, float, double) {
+TEST_CASE_TEMPLATE("sigmoid_pair gives the value and its complement with full relative accuracy", S,
+                   float, double) {
   for (const S x : {S(-80), S(-3), S(0), S(0.25), S(50)}) {
     S value, complement;
     simd::sigmoid_pair(x, value, complement);
@@ -155,13 +175,15 @@ TEST_CASE_TEMPLATE("sigmoid_pair gives the value and its complement with full re
   }
 }
 
-TEST_CASE_TEMPLATE("transform covers every length, whole packets and tails, in place as well", S, float, double) {
+TEST_CASE_TEMPLATE("transform covers every length, whole packets and tails, in place as well", S,
+                   float, double) {
   constexpr Index w = simd::kLanes<S>;
   for (Index n = 0; n <= 2 * w + 1; ++n) {
     std::vector<S> in(static_cast<std::size_t>(n) + 1, S(7)), out(in);
     for (Index i = 0; i < n; ++i) in[static_cast<std::size_t>(i)] = static_cast<S>(i) / S(8) - S(1);
     simd::transform(in.data(), out.data(), n, [](auto x) { return simd::add(x, x); });
-    for (Index i = 0; i < n; ++i) CHECK(out[static_cast<std::size_t>(i)] == S(2) * in[static_cast<std::size_t>(i)]);
+    for (Index i = 0; i < n; ++i)
+      CHECK(out[static_cast<std::size_t>(i)] == S(2) * in[static_cast<std::size_t>(i)]);
     CHECK(out.back() == S(7));
     simd::transform(in.data(), in.data(), n, [](auto x) { return simd::add(x, x); });
     CHECK(in == out);

@@ -73,7 +73,9 @@ TEST_CASE("no task or one task does not bother the executor") {
 
 TEST_CASE("a TaskRef refers to callables of every kind") {
   int sum = 0;
-  auto counting = [&sum, calls = 0](Index i, int) mutable { sum += static_cast<int>(i) + 10 * ++calls; };
+  auto counting = [&sum, calls = 0](Index i, int) mutable {
+    sum += static_cast<int>(i) + 10 * ++calls;
+  };
   TaskRef task = counting;
   task(1, 0);
   task(2, 0);  // the state is the callable's own, not a copy's

@@ -46,7 +46,8 @@ TEST_CASE("words come block by block: key = seed, counter = (block, stream), low
   const std::uint64_t seed = 0x0123456789abcdef, stream = 0xfedcba9876543210;
   Random random(seed, stream);
   for (std::uint32_t block = 0; block < 3; ++block) {
-    const Words want = detail::philox4x32({block, 0, 0x76543210, 0xfedcba98}, {0x89abcdef, 0x01234567});
+    const Words want =
+        detail::philox4x32({block, 0, 0x76543210, 0xfedcba98}, {0x89abcdef, 0x01234567});
     for (const std::uint32_t word : want) CHECK(random.bits32() == word);
   }
   CHECK(random.position() == 12);
@@ -57,12 +58,15 @@ TEST_CASE("words come block by block: key = seed, counter = (block, stream), low
 
 TEST_CASE("recorded first values: the same on every platform") {
   Random words(42);
-  for (const std::uint32_t want : {0x9ceaf053u, 0x77f5493bu, 0x12bf50adu, 0x5742b3d7u, 0xfcdb2127u}) CHECK(words.bits32() == want);
+  for (const std::uint32_t want : {0x9ceaf053u, 0x77f5493bu, 0x12bf50adu, 0x5742b3d7u, 0xfcdb2127u})
+    CHECK(words.bits32() == want);
   Random uniforms(42);
-  for (const double want : {0x1.dfd524ee73abcp-2, 0x1.5d0acf5c4afd4p-2, 0x1.4ee9b3f7f36c8p-2}) CHECK(uniforms.uniform() == want);
+  for (const double want : {0x1.dfd524ee73abcp-2, 0x1.5d0acf5c4afd4p-2, 0x1.4ee9b3f7f36c8p-2})
+    CHECK(uniforms.uniform() == want);
   Random normals(42);
-  for (const double want : {-0x1.42dc65ce0ff8ap-4, -0x1.a3f4a5b3e5026p-2, -0x1.caca1d20ed485p-2, -0x1.d61412d6e269fp-4,
-                           0x1.a1a8bc2f2eb4fp-2, 0x1.805c509d131d7p-1}) CHECK(normals.normal() == want);
+  for (const double want : {-0x1.42dc65ce0ff8ap-4, -0x1.a3f4a5b3e5026p-2, -0x1.caca1d20ed485p-2,
+                            -0x1.d61412d6e269fp-4, 0x1.a1a8bc2f2eb4fp-2, 0x1.805c509d131d7p-1})
+    CHECK(normals.normal() == want);
   Random indices(42);
   for (const Index want : {859, 189, 703, 790, 77, 209}) CHECK(indices.below(1000) == want);
   // Far tails take the third branch of the quantile; their bits are recorded as well.
@@ -174,7 +178,8 @@ TEST_CASE("the normal quantile inverts the distribution function") {
   }
   // Across the seams of the three branches the function does not jump.
   for (const double seam : {0.075, std::exp(-25.0)}) {
-    const double below = detail::normal_quantile(seam * (1 - 1e-12)), above = detail::normal_quantile(seam * (1 + 1e-12));
+    const double below = detail::normal_quantile(seam * (1 - 1e-12)),
+                 above = detail::normal_quantile(seam * (1 + 1e-12));
     CHECK(above > below);
     CHECK(above - below < 1e-11);
   }

@@ -62,7 +62,8 @@ void check_arithmetic() {
   equal_to(simd::min(a, b), [](S p, S q) { return std::min(p, q); });
   equal_to(simd::abs(a), [](S p, S) { return std::abs(p); });
 
-  const auto roots = lanes(simd::sqrt(simd::abs(a)));  // Eigen refines an estimate with AVX-512: 2 ulp
+  const auto roots =
+      lanes(simd::sqrt(simd::abs(a)));  // Eigen refines an estimate with AVX-512: 2 ulp
   for (std::size_t i = 0; i < w; ++i) {
     const S want = std::sqrt(std::abs(x[i]));
     CHECK(std::abs(roots[i] - want) <= 2 * std::numeric_limits<S>::epsilon() * want);
@@ -98,7 +99,8 @@ double worst_ulps(const std::vector<S>& in, F f, ulps::Real (*oracle)(ulps::Real
         CHECK(packet[x] >= std::numeric_limits<S>::max());
         continue;
       }
-      const ulps::Real error = std::abs(packet[x] - want), scalar_error = std::abs(f(padded[i + x]) - want);
+      const ulps::Real error = std::abs(packet[x] - want),
+                       scalar_error = std::abs(f(padded[i + x]) - want);
       worst = std::max({worst, error / ulps::ulp<S>(want), scalar_error / ulps::ulp<S>(want)});
     }
   }
@@ -141,10 +143,12 @@ TEST_CASE_TEMPLATE("arithmetic, comparisons and selection, lane by lane", S, flo
 
 TEST_CASE_TEMPLATE("select takes the chosen side as it is", S, float, double) {
   using P = simd::Packet<S>;
-  const P yes = simd::equal(simd::zero<P>(), simd::zero<P>()), no = simd::less(simd::zero<P>(), simd::zero<P>());
+  const P yes = simd::equal(simd::zero<P>(), simd::zero<P>()),
+          no = simd::less(simd::zero<P>(), simd::zero<P>());
   for (const S value : {kInf<S>, -kInf<S>, S(-0.0), std::numeric_limits<S>::denorm_min()}) {
     const P p = simd::set1<P>(value), nan = simd::set1<P>(kNaN<S>);
-    for (const S lane : lanes(simd::select(yes, p, nan))) CHECK((lane == value && std::signbit(lane) == std::signbit(value)));
+    for (const S lane : lanes(simd::select(yes, p, nan)))
+      CHECK((lane == value && std::signbit(lane) == std::signbit(value)));
     for (const S lane : lanes(simd::select(no, nan, p))) CHECK(lane == value);
     for (const S lane : lanes(simd::select(no, p, nan))) CHECK(std::isnan(lane));
   }
@@ -187,16 +191,20 @@ TEST_CASE_TEMPLATE("exp2 is within 1.5 ulp up to 2^127 and 2^1023", S, float, do
   const auto in = arguments<S>(std::numeric_limits<S>::lowest(), limit);
   const double worst = worst_ulps<S>(in, exp2_of, [](ulps::Real x) { return std::exp2(x); });
   CHECK(worst <= 1.5);
-  for (int k = std::numeric_limits<S>::min_exponent - 1; k < std::numeric_limits<S>::max_exponent; ++k) {
-    CHECK(value_of<S>(exp2_of, static_cast<S>(k)) == std::ldexp(S(1), k));  // powers of two are exact
+  for (int k = std::numeric_limits<S>::min_exponent - 1; k < std::numeric_limits<S>::max_exponent;
+       ++k) {
+    CHECK(value_of<S>(exp2_of, static_cast<S>(k)) ==
+          std::ldexp(S(1), k));  // powers of two are exact
   }
 }
 
 TEST_CASE_TEMPLATE("exp is within 1.5 ulp everywhere", S, float, double) {
   const auto in = arguments<S>(std::numeric_limits<S>::lowest(), std::numeric_limits<S>::max());
   CHECK(worst_ulps<S>(in, exp_of, [](ulps::Real x) { return std::exp(x); }) <= 1.5);
-  const S low = std::log(std::numeric_limits<S>::min()), high = std::log(std::numeric_limits<S>::max());
-  CHECK(worst_ulps<S>(arguments<S>(low, high), exp_of, [](ulps::Real x) { return std::exp(x); }) <= 1.5);
+  const S low = std::log(std::numeric_limits<S>::min()),
+          high = std::log(std::numeric_limits<S>::max());
+  CHECK(worst_ulps<S>(arguments<S>(low, high), exp_of, [](ulps::Real x) { return std::exp(x); }) <=
+        1.5);
 }
 
 TEST_CASE("exp just below and above the overflow limit of float") {
@@ -206,7 +214,8 @@ TEST_CASE("exp just below and above the overflow limit of float") {
 }
 
 TEST_CASE_TEMPLATE("edge values of the exponentials", S, float, double) {
-  for (const auto& f : {+[](S x) { return value_of<S>(exp2_of, x); }, +[](S x) { return value_of<S>(exp_of, x); }}) {
+  for (const auto& f : {+[](S x) { return value_of<S>(exp2_of, x); },
+                        +[](S x) { return value_of<S>(exp_of, x); }}) {
     CHECK(f(S(0)) == S(1));
     CHECK(f(S(-0.0)) == S(1));
     CHECK(f(-kInf<S>) == S(0));
@@ -220,8 +229,10 @@ TEST_CASE_TEMPLATE("edge values of the exponentials", S, float, double) {
   // NaN with an arbitrary payload, such as uninitialised memory holds, is still NaN.
   using Bits = std::conditional_t<sizeof(S) == 4, std::uint32_t, std::uint64_t>;
   const Bits infinity = std::bit_cast<Bits>(kInf<S>);
-  for (Bits payload = 1; payload < (infinity & -infinity); payload = static_cast<Bits>(payload * 2 + 1)) {
-    CHECK(std::isnan(value_of<S>(exp2_of, std::bit_cast<S>(static_cast<Bits>(infinity | payload)))));
+  for (Bits payload = 1; payload < (infinity & -infinity);
+       payload = static_cast<Bits>(payload * 2 + 1)) {
+    CHECK(
+        std::isnan(value_of<S>(exp2_of, std::bit_cast<S>(static_cast<Bits>(infinity | payload)))));
     CHECK(std::isnan(value_of<S>(exp_of, std::bit_cast<S>(static_cast<Bits>(infinity | payload)))));
   }
   CHECK(value_of<S>(exp_of, kInf<S>) == kInf<S>);

@@ -100,7 +100,8 @@ TEST_CASE("the first exception reaches the caller, later tasks are skipped, the 
 
 TEST_CASE("when every task throws, one exception comes out") {
   const thread_pool pool(4);
-  CHECK_THROWS_AS(pool.run(50, [](Index, int) { throw std::length_error("each"); }), std::length_error);
+  CHECK_THROWS_AS(pool.run(50, [](Index, int) { throw std::length_error("each"); }),
+                  std::length_error);
   int calls = 0;
   pool.run(1, [&](Index, int) { ++calls; });
   CHECK(calls == 1);

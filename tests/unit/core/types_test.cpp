@@ -32,13 +32,16 @@ static_assert(!MatrixLike<double> && !MatrixLike<double*>);
 // Outputs: lvalues, and views that are temporaries themselves.
 static_assert(OutputMatrix<RowMajor&> && OutputMatrix<HeadBlock> && OutputMatrix<HeadBlock&>);
 static_assert(OutputMatrix<MatrixRef<double>&> && OutputMatrix<StridedMap>);
-static_assert(!OutputMatrix<RowMajor> && !OutputMatrix<const RowMajor&> && !OutputMatrix<ColMajor&>);
+static_assert(!OutputMatrix<RowMajor> && !OutputMatrix<const RowMajor&> &&
+              !OutputMatrix<ColMajor&>);
 static_assert(!OutputMatrix<ConstHeadBlock> && !OutputMatrix<ConstMatrixRef<double>&>);
 static_assert(!OutputMatrix<Eigen::Map<const RowMajor>>);
 
-static_assert(SameScalar<RowMajor&, HeadBlock, const RowMajor> && !SameScalar<RowMajor, Matrix<float>>);
+static_assert(SameScalar<RowMajor&, HeadBlock, const RowMajor> &&
+              !SameScalar<RowMajor, Matrix<float>>);
 
-static_assert(RealScalar<float> && RealScalar<double> && !RealScalar<Eigen::half> && !RealScalar<int>);
+static_assert(RealScalar<float> && RealScalar<double> && !RealScalar<Eigen::half> &&
+              !RealScalar<int>);
 static_assert(!RealScalar<long double>);
 static_assert(StorageScalar<Eigen::half> && StorageScalar<Eigen::bfloat16> && !StorageScalar<int>);
 static_assert(std::same_as<compute_t<double>, double> && std::same_as<compute_t<float>, float>);
