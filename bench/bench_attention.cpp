@@ -1,14 +1,18 @@
 // Attention forward and backward over whole sequences, one thread.
 //
 //   attention_forward/float/causal/T:512/H:8/d:64          variants: full causal window:256 softcap alibi gqa
+//   attention_documents/float/packed/T:512,2,1022,512      one call; apart: a call per document; mask: same_document
 //   attention_backward/float/causal/T:512/H:8/d:64         the backward alone, from a saved forward
 //
 // FLOPS counts the visible pairs: 4 d flop each forward, 10 d backward (half of T^2 for causal).  limit is the share of
 // the FMA peak.  error is max |out - reference| / max |v| over the last rows, against attention_reference in double.
 #include <eigenblocks/attention/kernel.hpp>
 #include <eigenblocks/attention/reference.hpp>
+#include <eigenblocks/attention/varlen.hpp>
 
 #include "harness.hpp"
+
+#include <vector>
 
 namespace {
 
@@ -78,6 +82,47 @@ void backward(const std::string& variant, const Sizes& n, double visible, const 
   })->Unit(benchmark::kMillisecond);
 }
 
+/// Causal attention inside each of several documents in one sequence.
+void documents(const std::vector<Index>& lengths) {
+  std::string list;
+  Index tokens = 0;
+  double pairs = 0;
+  std::vector<Index> ends{0}, ids;
+  for (Index length : lengths) {
+    list.append(list.empty() ? "" : ",").append(std::to_string(length));
+    tokens += length;
+    pairs += 0.5 * static_cast<double>(length * length);
+    ids.insert(ids.end(), static_cast<std::size_t>(length), static_cast<Index>(ends.size()));
+    ends.push_back(tokens);
+  }
+  const Sizes n{tokens, 8, 8, 64};
+  const auto add = [=](const char* variant, auto run) {
+    const std::string name =
+        std::string("attention_documents/float/") + variant + "/T:" + list + "/H:8/d:64";
+    benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) {
+      Operands<float> x(n);
+      const double flops = 4.0 * 64 * 8 * pairs;
+      bench::measure(state, {.flops = flops, .limit = bench::fma_limit<float>(flops)},
+                     [&] { run(x); });
+    })->Unit(benchmark::kMillisecond);
+  };
+  add("packed", [=](Operands<float>& x) {
+    eb::attention_varlen_forward(x.q, x.k, x.v, ends, ends, x.out, n.shape(),
+                                 eb::attention_rule(eb::causal()));
+  });
+  add("apart", [=](Operands<float>& x) {
+    for (std::size_t b = 0; b + 1 < ends.size(); ++b) {
+      const auto rows = [&](auto& m) { return m.middleRows(ends[b], ends[b + 1] - ends[b]); };
+      eb::attention_forward(rows(x.q), rows(x.k), rows(x.v), rows(x.out), n.shape(),
+                            eb::attention_rule(eb::causal()));
+    }
+  });
+  add("mask", [=](Operands<float>& x) {
+    eb::attention_forward(x.q, x.k, x.v, x.out, n.shape(),
+                          eb::attention_rule(eb::causal() & eb::same_document(ids)));
+  });
+}
+
 double window_share(Index tokens, Index window) {
   const double t = static_cast<double>(tokens),
                w = static_cast<double>(std::min(window, tokens - 1));
@@ -104,6 +149,8 @@ void register_scalar() {
 int main(int argc, char** argv) {
   register_scalar<float>();
   register_scalar<double>();
+  for (Index dim : {80, 96})
+    forward<float>("causal", {2048, 8, 8, dim}, 0.5, eb::attention_rule(eb::causal()));
   // What the policies cost, against float/causal/T:2048/H:8/d:64.
   const Sizes n{2048, 8, 8, 64};
   const eb::Vector<float> slopes = eb::alibi_slopes<float>(n.heads);
@@ -113,7 +160,8 @@ int main(int argc, char** argv) {
   forward<float>("alibi", n, 0.5, eb::attention_rule(eb::causal(), eb::alibi(slopes)));
   forward<float>("gqa", {2048, 32, 8, 128}, 0.5, eb::attention_rule(eb::causal()));
   forward<float>("causal", {8192, 8, 8, 64}, 0.5, eb::attention_rule(eb::causal()));
-  for (Index tokens : {16, 64, 128, 256}) {
+  documents({512, 2, 1022, 512});
+  for (Index tokens : {16, 32, 64, 128, 256}) {
     forward<float>("full", {tokens, 8, 8, 64}, 1, eb::attention_rule());
     forward<float>("causal", {tokens, 8, 8, 64}, 0.5, eb::attention_rule(eb::causal()));
   }

@@ -6,8 +6,9 @@
 //   sampling/float/top_k:40,top_p:0.9/D:V       one token: from logits to a drawn id
 //
 // bytes_per_second counts each operand matrix once.  limit: the time of a copy of that many bytes (working sets in
-// the second cache and beyond it), for loops with an exponential the slower of that and of simd::exp2; of the FMA
-// peak for linear.  The backward passes of softmax and norms read each row twice and the saved vectors besides.
+// the second cache and beyond it); for loops with an exponential the slower of that and of simd::exp2; for linear the
+// slower of the FMA peak and of reading every operand once.  The backward passes of softmax and norms read each row
+// twice, and the saved vectors besides.
 #include <eigenblocks/nn/glu.hpp>
 #include <eigenblocks/nn/norm.hpp>
 #include <eigenblocks/nn/sampling.hpp>
@@ -115,10 +116,11 @@ void linear(Index tokens, Index in, Index out) {
       const auto x = bench::random_matrix<S>(tokens, in, 1),
                  w = bench::random_matrix<S>(in, out, 2);
       eb::Matrix<S> y = bench::random_matrix<S>(tokens, out, 3), dx = x, dw = w;
-      bench::measure(state,
-                     {.flops = flops,
-                      .bytes = sizeof(S) * static_cast<double>(x.size() + w.size() + y.size()),
-                      .limit = bench::fma_limit<S>(flops)},
+      const double bytes = sizeof(S) * static_cast<double>(x.size() + w.size() + y.size());
+      const auto limit = [=] {
+        return std::max(flops / bench::fma_peak<S>(), bytes / bench::read_rate(bytes));
+      };
+      bench::measure(state, {.flops = flops, .bytes = bytes, .limit = limit},
                      [&] { run(x, w, y, dx, dw); });
     })->Unit(benchmark::kMicrosecond);
   };

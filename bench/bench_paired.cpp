@@ -17,6 +17,7 @@
 //   causal & window_left(W) with the last query on the last key.
 //   rope rotates q (all heads) and a k of one head, both out of place, with a table made before.
 //   *_fb is forward plus backward for a given upstream gradient.
+//   sdpa_eigen is the same attention as two Eigen products and a soft-max, with a T x TK matrix.
 #include <eigenblocks/attention/decode.hpp>
 #include <eigenblocks/attention/kernel.hpp>
 #include <eigenblocks/core/softmax.hpp>
@@ -187,6 +188,35 @@ Case sdpa(const Parameters& p, eb::ExecutorRef executor) {
   });
 }
 
+/// What one writes without this library: two Eigen products and a soft-max per head, through a T x TK matrix.
+template <class S>
+Case sdpa_eigen(const Parameters& p, eb::ExecutorRef) {
+  const Attention a(p);
+  if (a.window > 0) fail("sdpa_eigen has no window");
+  return [=, q = a.query_like<S>(1), k = a.key_like<S>(2), v = a.key_like<S>(3),
+          out = a.query_like<S>(4),
+          scores = eb::Matrix<S>(eb::Matrix<S>::Zero(a.queries, a.keys))]() mutable {
+    const S scale = S(1) / std::sqrt(static_cast<S>(a.dim));
+    for (Index b = 0; b < a.batch; ++b) {
+      const auto head = [&](auto& m, Index rows, Index h) {
+        return m.block(b * rows, h * a.dim, rows, a.dim);
+      };
+      for (Index h = 0; h < a.heads; ++h) {
+        const Index kv = h / (a.heads / a.kv_heads);
+        scores.noalias() = head(q, a.queries, h) * head(k, a.keys, kv).transpose() * scale;
+        for (Index i = 0; a.causal && i < a.queries; ++i) {
+          scores.row(i)
+              .tail(std::max<Index>(0, a.keys - 1 - i))
+              .setConstant(-std::numeric_limits<S>::infinity());
+        }
+        eb::softmax_forward(scores, scores);
+        head(out, a.queries, h).noalias() = scores * head(v, a.keys, kv);
+      }
+    }
+    bench::touch(out.data());
+  };
+}
+
 template <class T>
 Case sdpa_fb(const Parameters& p, eb::ExecutorRef executor) {
   const Attention a(p);
@@ -277,6 +307,7 @@ using Executor = eb::ExecutorRef;
 const Op kOps[] = {
     {"sdpa", sdpa<float>, sdpa<double>, sdpa<Eigen::half>, sdpa<Eigen::bfloat16>},
     {"sdpa_fb", sdpa_fb<float>, sdpa_fb<double>, sdpa_fb<Eigen::half>, sdpa_fb<Eigen::bfloat16>},
+    {"sdpa_eigen", sdpa_eigen<float>, sdpa_eigen<double>},
     {"rope", rope<float>, rope<double>, rope<Eigen::half>, rope<Eigen::bfloat16>},
     {"gemm", gemm<float>, gemm<double>},
     on_rows("copy", [](auto& r, Executor) { r.y = r.x; }),

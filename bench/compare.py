@@ -42,7 +42,7 @@ GRIDS = {
     + [(f"cross_entropy{fb} N=512 D=32000", ROW_RIVALS) for fb in ("", "_fb")]
     + [("adamw N=1024 D=1024", ["torch", "torch_fused"])],
     "products": [("gemm M=128 N=128 K=64", ["torch", "numpy"]), ("gemm M=1024 N=1024 K=1024", ["torch", "numpy"])],
-    "short": [(f"sdpa T={t} d=64 causal={c}", ATTENTION) for c in (0, 1) for t in (16, 64, 128, 256)],
+    "short": [(f"sdpa T={t} d=64 causal={c}", ["eigen_products", *ATTENTION]) for c in (0, 1) for t in (16, 32, 64, 128, 256)],
 }
 
 # Freed memory stays in the process (no page of a result is touched for the first time), idle workers sleep.
@@ -120,6 +120,9 @@ def run_case(case, rivals, ours, options):
     arguments = case.split() + [f"threads={options.threads}"]
     contestants = [Contestant(name, [path, *arguments]) for name, path in ours]
     for rival in rivals:
+        if rival == "eigen_products":  # the same program: attention as two Eigen products and a soft-max
+            contestants.append(Contestant(rival, [ours[0][1], arguments[0] + "_eigen", *arguments[1:]]))
+            continue
         contestants.append(Contestant(rival, [options.python, str(HERE / "peers" / SCRIPTS[rival]), rival, *arguments]))
     present = [c for c in contestants if c.reason is None]
     per_round = sum(c.call() * c.burst for c in present) / 1e3

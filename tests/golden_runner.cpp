@@ -26,9 +26,8 @@ std::map<std::string, int, std::less<>> later_ops() {
     const char* ops;
   } kLater[] = {
       {5,
-       "rope_inv_freq rope_apply_nd mrope_positions rope_tie_positions rope_relative_positions "
-       "rerope_attention rerope_decode rope_decay_curve rope_max_context rope_min_base "
-       "relative_bias xpos_apply logn_scale"},
+       "rope_apply_nd mrope_positions rope_tie_positions rope_relative_positions "
+       "rerope_attention rerope_decode relative_bias xpos_apply"},
       {5, "normalized_attention attention_scale softmax_gradient_mass kerple_bias hwfa_window"},
       {6, "mla tvq_attention tvq_codebook_ema gated_linear_attention kv_cache_size ring_attention"},
       {7,
@@ -64,6 +63,7 @@ golden::Registry all_ops() {
   register_nn(registry);
   register_llama(registry);
   register_rope(registry);
+  register_rope_frequencies(registry);
   register_optim_structured(registry);
   register_quantize_losses(registry);
   return registry;

@@ -48,7 +48,10 @@
 #include <eigenblocks/optim/sgd.hpp>
 #include <eigenblocks/optim/tensor_ref.hpp>
 
+#include <eigenblocks/position/base_bound.hpp>
 #include <eigenblocks/position/frequencies.hpp>
+#include <eigenblocks/position/frequency_scaling.hpp>
+#include <eigenblocks/position/logn.hpp>
 #include <eigenblocks/position/rope.hpp>
 
 #include <eigenblocks/version.hpp>

@@ -74,12 +74,6 @@ __attribute__((weak)) void* aligned_alloc(std::size_t alignment, std::size_t siz
   alloc_guard::note(size);
   return __libc_memalign(alignment, size);
 }
-__attribute__((weak)) int posix_memalign(void** out, std::size_t alignment,
-                                         std::size_t size) noexcept {
-  alloc_guard::note(size);
-  *out = __libc_memalign(alignment, size);
-  return *out == nullptr ? 12 : 0;  // ENOMEM
-}
 }
 
 namespace alloc_guard {

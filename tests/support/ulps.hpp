@@ -13,9 +13,13 @@ namespace ulps {
 
 /// Wide enough to judge double: 64 mantissa bits on x86, 113 elsewhere.
 using Real = long double;
+template <class S>
+constexpr Real real(S x) {
+  return static_cast<Real>(x);
+}
 
 template <class S>
-inline constexpr Real kSmallest = std::numeric_limits<S>::min();
+inline constexpr Real kSmallest = real(std::numeric_limits<S>::min());
 
 /// The unit of the last place of S at `value`; below the normal numbers that of the smallest one.
 template <class S>

@@ -124,7 +124,9 @@ class BackwardTiles {
     }
   };
   Index sweep_scalars() const { return group_tiles_ * block_ * kNQ; }
-  Index scratch_scalars() const { return kNQ * std::max(n_.key_dim, n_.value_dim) + kNQ; }
+  Index scratch_scalars() const {
+    return std::max(kNQ, kMR) * std::max(n_.key_dim, n_.value_dim) + kNQ;
+  }
   std::size_t buffer_bytes(Index parts) const {
     const Index rows = tiles_ * kNQ, keys = blocks_ * block_;
     return padded_bytes<S>(

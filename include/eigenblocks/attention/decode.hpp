@@ -62,6 +62,8 @@ class DecodeRows {
       64;  // keys per soft-max update: K and V of a block fit the first-level cache
   static constexpr Index kSplit =
       1024;  // keys per part: enough parts for threads at 4k, too few to cost anything
+  static constexpr Index kRowsAtOnce = 6;              // of queries times keys in one register tile
+  static constexpr int kRowVectors = kW < 16 ? 2 : 4;  // of values in one register tile
   static constexpr S kNone = -std::numeric_limits<S>::infinity();
   static constexpr bool kPlainScore = std::is_same_v<typename Rule::score_type, IdentityScore>;
   static_assert(kPanel % kW == 0);
@@ -154,62 +156,88 @@ class DecodeRows {
                 width = panels * kPanel;
     const T* const k = cache_.key_panel(kv, panel);
     const T* const v = cache_.value_row(kv, panel * kPanel);
-    const S* const keys = in_compute(k, width * d, key_scratch);
+    const auto softened = [&] {
+      for (Index r = 0; r < rows_; ++r)
+        soften(kv, r, base, begin, end, width, scores + r * kBlock, out, top, sum);
+    };
+    const T* const next = k + width * d;
+    const Index first = begin - base, count = end - begin;
+    // 16-bit entries are widened where they are used, unless several groups of rows use them.
+    if (std::is_same_v<S, T> || rows_ <= kRowsAtOnce) {
+      block_scores(panels, k, query, scores, v);
+      softened();
+      add_values(count, scores + first, v + first * value_cols_, out, next);
+    } else {
+      block_scores(panels, widened(k, width * d, key_scratch), query, scores, v);
+      softened();
+      const S* const values = widened(v, width * value_cols_, value_scratch);
+      add_values(count, scores + first, values + first * value_cols_, out, next);
+    }
+  }
+
+  /// Memory that is needed soon, fetched evenly over `turns` turns of a loop: a burst would block the loop's own loads.
+  class Ahead {
+   public:
+    Ahead() = default;  // nothing
+    Ahead(const T* from, Index count, Index turns)
+        : at_(reinterpret_cast<const char*>(from)),
+          step_(turns > 0 ? count * Index(sizeof(T)) / turns : 0) {}
+    EIGENBLOCKS_ALWAYS_INLINE void fetch() {
+      simd::prefetch(at_);
+      at_ += step_;
+    }
+    void skip(Index turns) { at_ += turns * step_; }
+
+   private:
+    const char* at_ = nullptr;
+    Index step_ = 0;
+  };
+
+  static const S* widened(const T* from, Index count, S* scratch) {  // count is a multiple of 16
+    for (Index x = 0; x < count; x += kW) simd::store<P>(scratch + x, simd::load_as<P>(from + x));
+    return scratch;
+  }
+
+  /// f.template operator()<M>(r) for groups of M rows from r on: six (and four) rows keep both multiply-add units busy.
+  template <class F>
+  void in_row_groups(F&& f) const {
+    Index r = 0;
+    for (; rows_ - r >= 6 && rows_ - r != 8; r += 6) f.template operator()<6>(r);
+    for (; rows_ - r >= 4; r += 4) f.template operator()<4>(r);
+    for (; rows_ - r >= 2; r += 2) f.template operator()<2>(r);
+    if (r < rows_) f.template operator()<1>(r);
+  }
+
+  /// scores[r][lane] = <query row r, key lane> for consecutive panels of keys.
+  template <class K>
+  void block_scores(Index panels, const K* keys, const S* query, S* scores, const T* values) const {
     for (Index x = 0; x < panels; ++x) {
       // While the panel is multiplied, its values are on their way.
-      const T* const ahead = v + x * kPanel * value_cols_;
-      panel_scores(keys + x * kPanel * d, query, scores + x * kPanel, ahead, kPanel * value_cols_);
-    }
-    for (Index r = 0; r < rows_; ++r)
-      soften(kv, r, base, begin, end, width, scores + r * kBlock, out, top, sum);
-    const S* const values = in_compute(v, width * value_cols_, value_scratch);
-    const Index a = begin - base, keys_in = end - begin;
-    Index r = 0;
-    for (; r + 4 <= rows_; r += 4)
-      add_values<4>(r, keys_in, scores + a, values + a * value_cols_, out, k + width * d);
-    for (; r + 2 <= rows_; r += 2)
-      add_values<2>(r, keys_in, scores + a, values + a * value_cols_, out, k + width * d);
-    for (; r < rows_; ++r)
-      add_values<1>(r, keys_in, scores + a, values + a * value_cols_, out, k + width * d);
-  }
-
-  static const S* in_compute(const T* from, Index count, S* scratch) {
-    if constexpr (std::is_same_v<S, T>) {
-      (void)count;
-      (void)scratch;
-      return from;
-    } else {
-      Eigen::Map<Vector<S>>(scratch, count) =
-          Eigen::Map<const Vector<T>>(from, count).template cast<S>();
-      return scratch;
+      Ahead ahead(values + x * kPanel * value_cols_, kPanel * value_cols_, n_.key_dim);
+      in_row_groups([&]<int M>(Index r) EIGENBLOCKS_INLINE_LAMBDA {
+        rows_times_panel<M>(r, keys + x * kPanel * n_.key_dim, query, scores + x * kPanel, ahead);
+        ahead = {};
+      });
     }
   }
 
-  /// scores[r][lane] = <query row r, key lane> for one panel of keys.
-  void panel_scores(const S* panel, const S* query, S* scores, const T* ahead,
-                    Index ahead_count) const {
-    Index r = 0;
-    for (; r + 4 <= rows_; r += 4) rows_times_panel<4>(r, panel, query, scores, ahead, ahead_count);
-    for (; r + 2 <= rows_; r += 2) rows_times_panel<2>(r, panel, query, scores, ahead, ahead_count);
-    for (; r < rows_; ++r) rows_times_panel<1>(r, panel, query, scores, ahead, ahead_count);
-  }
-
-  template <int M>
-  void rows_times_panel(Index r0, const S* panel, const S* query, S* scores, const T* ahead,
-                        Index ahead_count) const {
+  template <int M, class K>
+  EIGENBLOCKS_NOINLINE void rows_times_panel(Index r0, const K* panel, const S* query, S* scores,
+                                             Ahead ahead) const {
     constexpr int nv = int(kPanel) / kW;
     const Index d = n_.key_dim;
     P acc[std::size_t(M)][std::size_t(nv)];
     unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
       unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { acc[m][v] = simd::zero<P>(); });
     });
-    constexpr Index line = Index(kAlignment / sizeof(T));
-    const Index lines = r0 == 0 ? ahead_count / line : 0;
     const S* const q = query + r0 * d;
     for (Index c = 0; c < d; ++c, panel += kPanel) {
-      if (c < lines) prefetch(ahead + c * line);
+      ahead.fetch();
       P key[std::size_t(nv)];
-      unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { key[v] = simd::load<P>(panel + v * kW); });
+      unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+        key[v] = simd::load_as<P>(panel + v * kW);
+        simd::keep_in_register(key[v]);
+      });
       unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
         const P scalar = simd::set1<P>(q[m * d + c]);
         unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
@@ -222,14 +250,6 @@ class DecodeRows {
         simd::store<P>(scores + (r0 + m) * kBlock + v * kW, acc[m][v]);
       });
     });
-  }
-
-  static void prefetch(const void* address) {
-#if defined(__GNUC__) || defined(__clang__)
-    __builtin_prefetch(address);
-#else
-    (void)address;
-#endif
   }
 
   /// Score functor, mask and running soft-max of one row over one block; leaves probabilities, 0 outside [begin, end).
@@ -256,7 +276,7 @@ class DecodeRows {
       simd::store<P>(s + x, p);
       total = simd::add(total, p);
     }
-    const S keep = old == kNone ? S(0) : std::exp(old - reference);
+    const S keep = old == now ? S(1) : old == kNone ? S(0) : std::exp(old - reference);
     if (keep != S(1)) {
       Eigen::Map<Vector<S>>(out + r * value_cols_, value_cols_) *= keep;
       sum[r] *= keep;
@@ -279,23 +299,27 @@ class DecodeRows {
   }
 
   /// out rows += probabilities times value rows; fetches the next keys meanwhile.
-  template <int M>
-  void add_values(Index r0, Index keys, const S* probabilities, const S* values, S* out,
+  template <class V>
+  void add_values(Index keys, const S* probabilities, const V* values, S* out,
                   const T* ahead) const {
-    constexpr Index line = Index(kAlignment / sizeof(T));
-    if (r0 == 0) {
-      for (Index x = 0; x < std::min<Index>(keys * n_.key_dim / line, 64); ++x)
-        prefetch(ahead + x * line);
-    }
-    Index c = 0;
-    const S* const p = probabilities + r0 * kBlock;
-    S* const o = out + r0 * value_cols_;
-    for (; c + 4 * kW <= value_cols_; c += 4 * kW) columns<M, 4>(keys, p, values + c, o + c);
-    for (; c + kW <= value_cols_; c += kW) columns<M, 1>(keys, p, values + c, o + c);
+    Ahead fetch(ahead, keys * n_.key_dim, keys * (value_cols_ / (kRowVectors * kW)));
+    in_row_groups([&]<int M>(Index r) EIGENBLOCKS_INLINE_LAMBDA {
+      constexpr int nv = kRowVectors;  // M nv accumulators: at most 12 of 16 registers, 24 of 32
+      const S* const p = probabilities + r * kBlock;
+      S* const o = out + r * value_cols_;
+      Index c = 0;
+      for (; c + nv * kW <= value_cols_; c += nv * kW) {
+        columns<M, nv>(keys, p, values + c, o + c, fetch);
+        fetch.skip(keys);
+      }
+      for (; c + kW <= value_cols_; c += kW) columns<M, 1>(keys, p, values + c, o + c, Ahead{});
+      fetch = {};
+    });
   }
 
-  template <int M, int NV>
-  EIGENBLOCKS_ALWAYS_INLINE void columns(Index keys, const S* p, const S* values, S* out) const {
+  template <int M, int NV, class V>
+  EIGENBLOCKS_NOINLINE void columns(Index keys, const S* p, const V* values, S* out,
+                                    Ahead ahead) const {
     P acc[std::size_t(M)][std::size_t(NV)];
     unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
       unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
@@ -303,9 +327,12 @@ class DecodeRows {
       });
     });
     for (Index j = 0; j < keys; ++j, values += value_cols_) {
+      ahead.fetch();
       P row[std::size_t(NV)];
-      unroll<NV>([&](auto v)
-                     EIGENBLOCKS_INLINE_LAMBDA { row[v] = simd::load<P>(values + v * kW); });
+      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
+        row[v] = simd::load_as<P>(values + v * kW);
+        simd::keep_in_register(row[v]);
+      });
       unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
         const P scalar = simd::set1<P>(p[m * kBlock + j]);
         unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {

@@ -153,13 +153,34 @@ inline PrefixMask prefix(Index length) {
 
 struct SameDocumentMask : detail::MaskTag {
   std::span<const Index> ids;
-  explicit SameDocumentMask(std::span<const Index> document_ids) : ids(document_ids) {}
+  bool sorted;  // as in packed sequences: then a document is a range
+  explicit SameDocumentMask(std::span<const Index> document_ids)
+      : ids(document_ids), sorted(std::is_sorted(ids.begin(), ids.end())) {}
   bool operator()(Index i, Index j, Index) const { return at(i) == at(j); }
+  TileClass classify(Index i0, Index i1, Index j0, Index j1) const {
+    const auto [q0, q1] = hull(i0, i1);
+    const auto [k0, k1] = hull(j0, j1);
+    if (q1 < k0 || k1 < q0) return TileClass::empty;
+    return q0 == q1 && k0 == k1 ? TileClass::full : TileClass::partial;
+  }
+  KeyRange key_range(Index i0, Index i1) const {
+    if (!sorted || i0 >= i1) return {};
+    const auto first = std::lower_bound(ids.begin(), ids.end(), at(i0)),
+               last = std::upper_bound(ids.begin(), ids.end(), at(i1 - 1));
+    return {first - ids.begin(), last - ids.begin()};
+  }
 
  private:
   Index at(Index position) const {
     detail::require_index("same_document: position", position, static_cast<Index>(ids.size()));
     return ids[static_cast<std::size_t>(position)];
+  }
+  /// Smallest and largest id of the positions [begin, end), which are some.
+  std::pair<Index, Index> hull(Index begin, Index end) const {
+    const Index first = at(begin), last = at(end - 1);
+    if (sorted) return {first, last};
+    const auto [low, high] = std::minmax_element(ids.begin() + begin, ids.begin() + end);
+    return {*low, *high};
   }
 };
 /// ids[i] == ids[j]; the ids must outlive the mask and cover every absolute position (std::out_of_range otherwise).

@@ -50,7 +50,7 @@ EIGENBLOCKS_ALWAYS_INLINE void tile_multiply(P (&acc)[std::size_t(MR)][std::size
                                              Index depth, const simd::lane_t<P>* a,
                                              const simd::lane_t<P>* b) {
   constexpr int w = simd::kPacketSize<P>;
-  for (Index k = 0; k < depth; ++k, a += MR, b += NV * w) {
+  for (Index k = 0; k < depth; ++k, a += MR, b += NV * w) {  // (unrolled by hand, g++ 12 spills)
     P row[std::size_t(NV)];
     unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
       row[v] = simd::load<P>(b + v * w);
@@ -197,6 +197,9 @@ void transpose_into(Index rows, Index cols, const S* from, Index from_stride, S*
   Index r = 0;
   if constexpr (w > 1) {
     for (; r + w <= rows; r += w) {
+      // Rows lie far apart: what comes next is fetched meanwhile.
+      for (Index i = r + w; i < std::min(r + 2 * w, rows); ++i)
+        simd::prefetch_row(from + i * from_stride, cols);
       Index c = 0;
       for (; c + w <= cols; c += w) {
         Eigen::internal::PacketBlock<P, w> block;
@@ -241,6 +244,8 @@ void pack_row_panels(Index rows, Index cols, const T* from, Index stride, S* pan
   for (Index r = 0; r < rows; r += MR, panels += cols * MR) {
     const Index count = std::min<Index>(MR, rows - r);
     if (count < MR) std::fill_n(panels, cols * MR, S(0));
+    for (Index i = r + 2 * MR; i < std::min<Index>(r + 3 * MR, rows); ++i)
+      simd::prefetch_row(from + i * stride, cols);
     Index stride_now = 0;
     const S* const source =
         compute_rows<S>(count, cols, from + r * stride, stride, scratch, stride_now);
@@ -249,22 +254,33 @@ void pack_row_panels(Index rows, Index cols, const T* from, Index stride, S* pan
 }
 
 /// Column panels: panels[g][row][MR] for columns g MR + m, the last panel filled up with zero columns; panel_stride apart.
+/// Four rows at a time, so that a panel's cache line is written whole.  scratch: 4 x cols.
 template <int MR, RealScalar S, StorageScalar T>
 void pack_column_panels(Index rows, Index cols, const T* from, Index stride, S* panels,
                         Index panel_stride, S* scratch) {
   using P = PanelPacket<S, MR>;
   constexpr int w = simd::kPacketSize<P>;
   const Index whole = cols / MR * MR;
-  for (Index r = 0; r < rows; ++r) {
-    Index unused = 0;
-    const S* const source = compute_rows<S>(1, cols, from + r * stride, stride, scratch, unused);
+  for (Index r = 0; r < rows; r += 4) {
+    const Index count = std::min<Index>(4, rows - r);
+    for (Index i = r + 8; i < std::min(r + 12, rows); ++i)
+      simd::prefetch_row(from + i * stride, cols);
+    Index source_stride = 0;
+    const S* const source =
+        compute_rows<S>(count, cols, from + r * stride, stride, scratch, source_stride);
     S* to = panels + r * MR;
     Index c = 0;
     for (; c < whole; c += MR, to += panel_stride) {
-      for (int m = 0; m < MR; m += w) simd::store<P>(to + m, simd::load<P>(source + c + m));
+      for (Index i = 0; i < count; ++i) {
+        for (int m = 0; m < MR; m += w) {
+          simd::store<P>(to + i * MR + m, simd::load<P>(source + i * source_stride + c + m));
+        }
+      }
     }
-    if (c < cols) {
-      for (int m = 0; m < MR; ++m) to[m] = c + m < cols ? source[c + m] : S(0);
+    if (c == cols) continue;
+    for (Index i = 0; i < count; ++i) {
+      for (int m = 0; m < MR; ++m)
+        to[i * MR + m] = c + m < cols ? source[i * source_stride + c + m] : S(0);
     }
   }
 }

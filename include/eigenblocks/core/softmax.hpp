@@ -29,12 +29,16 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 EIGENBLOCKS_NAMESPACE_BEGIN
 
 /// What the functions that return their result take: any Eigen matrix, array or expression of float or double.
+/// (Through derived(), because Eigen's segments of vectors derive from another type's DenseBase.)
 template <class D>
-concept RealExpression = detail::EigenDense<D> && RealScalar<typename D::Scalar>;
+concept RealExpression = RealScalar<typename D::Scalar> && requires(const D& x) {
+  requires detail::EigenDense<std::remove_cvref_t<decltype(x.derived())>>;
+};
 
 // How this header and nn/ walk over rows.  A loop body is a generic callable body(j, io): it handles the packet that
 // begins at column j and reads and writes through io, so that the columns left over at the end of a row take the same
@@ -211,9 +215,10 @@ void softmax_row(const S* x, S* p, Index n) {
 template <bool Select, class S>
 void softmax_backward_row(const S* p, const S* dp, S* dx, Index n) {
   using P = simd::Packet<S>;
+  // The factor is selected, not the product: both forms then contract to the same fused multiply-add.
   const auto product = [](const P& q, const P& g) EIGENBLOCKS_INLINE_LAMBDA {
     const P none = simd::zero<P>();
-    if constexpr (Select) return simd::select(simd::equal(q, none), none, simd::mul(q, g));
+    if constexpr (Select) return simd::mul(q, simd::select(simd::equal(q, none), none, g));
     return simd::mul(q, g);
   };
   const S dot = sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {

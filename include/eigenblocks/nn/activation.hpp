@@ -117,7 +117,8 @@ struct ActivationFunctor {
 
 template <Activation A, RealExpression D>
 auto activation_expression(const D& x) {
-  return Eigen::CwiseUnaryOp<ActivationFunctor<A>, const D>(x);
+  using Plain = std::remove_cvref_t<decltype(x.derived())>;
+  return Eigen::CwiseUnaryOp<ActivationFunctor<A>, const Plain>(x.derived());
 }
 
 }  // namespace detail

@@ -30,7 +30,7 @@ namespace detail {
 template <class R>
 inline constexpr bool kContiguousVector = true;
 template <class R>
-  requires EigenDense<R>
+  requires requires { int(R::InnerStrideAtCompileTime); }
 inline constexpr bool kContiguousVector<R> =
     bool(R::IsVectorAtCompileTime) && int(R::InnerStrideAtCompileTime) == 1;
 

@@ -158,10 +158,29 @@ void norm_backward_row(const S* x, const S* w, const S* dy, S* dx, S* dw_sum, S*
     if constexpr (Gain) return simd::mul(io.load(w + j), io.load(dy + j));
     return io.load(dy + j);
   };
-  const S product = sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
-    return simd::mul(upstream(j, io), normalised(j, io));
-  });
-  const S sum = row.centred ? sum_packets<S>(n, upstream) : S(0);
+  S product, sum = 0;
+  if (row.centred) {
+    P products[2] = {simd::zero<P>(), simd::zero<P>()}, sums[2] = {products[0], products[0]};
+    const auto add = [&](int k, Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
+      const P u = upstream(j, io);
+      products[k] = simd::fma(u, normalised(j, io), products[k]);
+      sums[k] = simd::add(sums[k], u);
+    };
+    constexpr Index w2 = 2 * simd::kLanes<S>;
+    Index j = 0;
+    for (; j + w2 <= n; j += w2) {
+      add(0, j, WholePacket<S>{});
+      add(1, j + w2 / 2, WholePacket<S>{});
+    }
+    for (; j + w2 / 2 <= n; j += w2 / 2) add(0, j, WholePacket<S>{});
+    if (j < n) add(1, j, PartPacket<S>{n - j});
+    product = simd::sum(simd::add(products[0], products[1]));
+    sum = simd::sum(simd::add(sums[0], sums[1]));
+  } else {
+    product = sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
+      return simd::mul(upstream(j, io), normalised(j, io));
+    });
+  }
   const P along = simd::set1<P>(product * row.along);
   const P level = simd::set1<P>(sum / static_cast<S>(n));
   for_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {

@@ -113,7 +113,7 @@ void keep_nucleus(const S* logits, S* p, Index n, double top_p, std::vector<Inde
   S bar = S(1);
   double above = 0;
   while (above < target && bar > 0) {
-    bar = bar > std::numeric_limits<S>::min() * 64 ? bar / 16 : S(0);
+    bar /= 16;
     const P level = simd::set1<P>(bar);
     above = static_cast<double>(sum_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
       const P value = io.load(p + j);
@@ -167,8 +167,7 @@ void sampling_probs(const S* logits, S* p, Index n, const SamplingOptions& optio
 }
 
 template <class V>
-concept RealVector =
-    EigenDense<V> && bool(V::IsVectorAtCompileTime) && RealScalar<typename V::Scalar>;
+concept RealVector = RealExpression<V> && bool(V::IsVectorAtCompileTime);
 
 }  // namespace detail
 

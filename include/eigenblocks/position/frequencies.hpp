@@ -2,12 +2,14 @@
 //
 // A rotary embedding turns pair p of a head by the angle n f_p at position n.  Here are n and f:
 //
-//   RotaryFrequencies   f_p ("inv_freq") of the R/2 pairs, and the factor on cos and sin
+//   RotaryFrequencies   f_p ("inv_freq") of the R/2 pairs, the factor on cos and sin, and one for the
+//                       soft-max scale
 //   rope_frequencies    f_p = base^(-2p/R), the plain ladder (RoFormer, arXiv 2104.09864)
 //   RopePositions       n of each row: a run first, first + 1, ..., or a list, real or integer
 //   rope_cos_sin        a cos(n f_p) and a sin(n f_p) as T x R/2 tables
 //
-// position/rope.hpp applies them.  Frequencies of a checkpoint are taken as they are:
+// position/rope.hpp applies them, position/frequency_scaling.hpp stretches them to longer contexts.
+// Frequencies of a checkpoint are taken as they are:
 //
 //   const RotaryFrequencies ours = rope_frequencies(128, 500000.0);
 //   const RotaryFrequencies theirs{.inv_freq = checkpoint.inv_freq.cast<double>()};
@@ -29,11 +31,15 @@
 
 EIGENBLOCKS_NAMESPACE_BEGIN
 
-/// Angles per position of the R/2 pairs, and the factor on every cos and sin (YaRN, LongRoPE).
-/// Queries and keys both carry it: the rotated part of a logit is multiplied by its square.
+/// Angles per position of the R/2 pairs, and two factors of the methods that stretch a context.
+/// attention_factor (YaRN, LongRoPE) is on every cos and sin.  Queries and keys both carry it: the
+/// rotated part of a logit is multiplied by its square, and the rotation applies it.
+/// softmax_factor (DeepSeek's mscale_all_dim) belongs to the whole logit, rotated or not.  Nothing
+/// here applies it: multiply the scale of the attention by it, 1/sqrt(head size) by default.
 struct RotaryFrequencies {
   Vector<double> inv_freq;
   double attention_factor = 1.0;
+  double softmax_factor = 1.0;
 
   Index pairs() const { return inv_freq.size(); }
   Index rotary_dim() const { return 2 * inv_freq.size(); }

@@ -5,7 +5,9 @@
 
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <limits>
+#include <type_traits>
 
 namespace {
 
@@ -31,6 +33,16 @@ Results<T> run(const Matrix<T>& q, const Matrix<T>& k, const Matrix<T>& v, const
   return r;
 }
 
+float largest(const Matrix<float>& m) { return m.cwiseAbs().maxCoeff(); }
+
+/// max |got - want| beyond half a unit of the last place of T at each entry.
+template <class T>
+float beyond_rounding(const Matrix<T>& got, const Matrix<float>& want) {
+  const float half_ulp = std::is_same_v<T, Eigen::half> ? 0x1p-11f : 0x1p-8f;
+  const auto size = want.array().abs().max(0x1p-14f);  // the smallest normal half
+  return ((got.template cast<float>() - want).array().abs() - half_ulp * size).maxCoeff();
+}
+
 }  // namespace
 
 TEST_CASE_TEMPLATE("16-bit storage is float on the converted operands, rounded once", T,
@@ -45,12 +57,17 @@ TEST_CASE_TEMPLATE("16-bit storage is float on the converted operands, rounded o
     const Results<float> want =
         run<float>(q.template cast<float>(), k.template cast<float>(), v.template cast<float>(),
                    dout.template cast<float>(), &stored);
-    // Tiles differ in nothing but where the operands come from: the float results are the same bits before rounding.
+    // Tiles differ in nothing but where the operands come from: the same bits before rounding.
     CHECK(got.lse == want.lse);
     CHECK(got.out == want.out.template cast<T>());
-    CHECK(got.dq == want.dq.template cast<T>());
-    CHECK(got.dk == want.dk.template cast<T>());
     CHECK(got.dv == want.dv.template cast<T>());
+    // Only D is a sum over operands in place, whose order is Eigen's: 5 products, then times k or q, over 2 heads of 53 rows.
+    const float d_error = std::numeric_limits<float>::epsilon() * 5 *
+                          largest(dout.template cast<float>()) * largest(stored);
+    const float scale = 1 / std::sqrt(7.0f);
+    CHECK(beyond_rounding(got.dq, want.dq) <= scale * largest(k.template cast<float>()) * d_error);
+    CHECK(beyond_rounding(got.dk, want.dk) <=
+          106 * scale * largest(q.template cast<float>()) * d_error);
 
     const thread_pool pool(3);
     const Results<T> threaded = run<T>(q, k, v, dout, nullptr, pool);

@@ -90,7 +90,7 @@ TEST_CASE("every mask, offsets before, inside and beyond the keys") {
 TEST_CASE("each optional operand alone and all together, under plain, capped and biased scores") {
   const AnyScore scores[] = {eb::identity(), eb::soft_cap(1.5), eb::alibi(eb::alibi_slopes(4)),
                              eb::compose(eb::soft_cap(2.0), eb::alibi(eb::alibi_slopes(4)))};
-  std::vector<AnyRule> rules{{eb::causal()}};
+  std::vector<AnyRule> rules{{}, {eb::causal()}};
   for (const AnyScore& score : scores) rules.push_back({eb::causal() & eb::window_left(30), score});
   for (const AnyRule& rule : rules) {
     for (int bits = 0; bits <= 6; ++bits) {
@@ -142,11 +142,14 @@ TEST_CASE("tile sizes, key chunks and register tiles change nothing but rounding
                                .sinks = true,
                                .upstream_lse = true};
   ProblemOptions plain = options;
-  plain.bias = plain.keep = plain.row_scale = false;
+  plain.bias = plain.row_scale = false;
+  ProblemOptions plainest = plain;  // nothing but the rule: tiles that are fully visible
+  plainest.keep = false;
   for (const AnyRule& rule :
-       {AnyRule{eb::causal()}, AnyRule{eb::causal() & eb::window_left(20), eb::soft_cap(2.0)},
+       {AnyRule{}, AnyRule{eb::causal()},
+        AnyRule{eb::causal() & eb::window_left(20), eb::soft_cap(2.0)},
         AnyRule{AnyMask([](Index i, Index j) { return (i + 2 * j) % 7 < 4; })}}) {
-    for (const ProblemOptions& o : {options, plain}) {
+    for (const ProblemOptions& o : {options, plain, plainest}) {
       const Problem p(o);
       const Outcome<double> want = oracle(p, rule);
       for (const Index block : {1, 3, 16, 64, 1000}) {

@@ -5,6 +5,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <vector>
@@ -168,6 +169,45 @@ TEST_CASE("same_document compares ids and refuses positions it has none for") {
                        "eigenblocks: same_document: position (6) is outside [0, 6)",
                        std::out_of_range);
   CHECK_THROWS_AS((void)mask(0, -1, 0), std::out_of_range);
+}
+
+TEST_CASE("same_document: tiles and ranges of sorted and of interleaved documents") {
+  using eb::Index;
+  eb::Random random(6);
+  for (const bool sorted : {true, false}) {
+    std::vector<Index> ids(40);
+    for (Index& id : ids) id = random.below(5);
+    if (sorted) std::sort(ids.begin(), ids.end());
+    const auto mask = eb::same_document(ids);
+    int known = 0;
+    for (int trial = 0; trial < 600; ++trial) {
+      const Index i0 = random.below(40), j0 = random.below(40);
+      const Index i1 = i0 + 1 + random.below(std::min<Index>(6, 40 - i0)),
+                  j1 = j0 + 1 + random.below(std::min<Index>(6, 40 - j0));
+      const TileClass kind = mask.classify(i0, i1, j0, j1);
+      const KeyRange range = mask.key_range(i0, i1);
+      int visible = 0;
+      for (Index i = i0; i < i1; ++i) {
+        for (Index j = j0; j < j1; ++j) {
+          visible += mask(i, j, 0);
+          if (mask(i, j, 0)) CHECK((range.begin <= j && j < range.end));
+        }
+      }
+      if (kind == TileClass::empty) CHECK(visible == 0);
+      if (kind == TileClass::full) CHECK(visible == (i1 - i0) * (j1 - j0));
+      known += kind != TileClass::partial;
+      if (sorted) {
+        CHECK((kind == TileClass::empty) == (visible == 0));
+        CHECK((range.begin == 0 ||
+               ids[static_cast<std::size_t>(range.begin - 1)] < ids[static_cast<std::size_t>(i0)]));
+      }
+    }
+    CHECK(known > 50);
+    CHECK_THROWS_AS((void)mask.classify(38, 41, 0, 1), std::out_of_range);
+    CHECK_THROWS_AS((void)mask.classify(0, 1, 39, 41), std::out_of_range);
+  }
+  const std::vector<Index> ids{0, 0, 1};
+  CHECK_THROWS_AS((void)eb::same_document(ids).key_range(2, 4), std::out_of_range);
 }
 
 TEST_CASE("what is a mask: two or three positions, anything convertible to bool") {

@@ -87,6 +87,16 @@ TEST_CASE(
     CHECK(b.out(0, h) == doctest::Approx((h < 2 ? 1.0 : 10.0) * 4.0).epsilon(1e-15));
 }
 
+TEST_CASE("scores come from the keys of the head's group") {
+  // Heads 0 and 1 weigh the values 8 and 4 by 1/2 and 1/2, heads 2 and 3 by 3/4 and 1/4.
+  Matrix<double> k(2, 2), v(2, 2);
+  k << 0, std::log(3.0), 0, 0;
+  v << 8, 8, 4, 4;
+  const Values r = reference(Matrix<double>::Ones(1, 4), k, v, {.heads = 4, .kv_heads = 2});
+  for (Index h = 0; h < 4; ++h)
+    CHECK(r.out(0, h) == doctest::Approx(h < 2 ? 6.0 : 7.0).epsilon(1e-15));
+}
+
 TEST_CASE("sinks join the denominator only; dead rows are zero with lse -inf or the sink") {
   Vector<double> sinks = Vector<double>::Constant(1, 0.0);
   const auto nobody = attention_rule([](Index i, Index) { return i > 0; });

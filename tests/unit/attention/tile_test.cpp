@@ -84,7 +84,8 @@ void check_packing() {
       const auto want = [&](Index r, Index c) {
         return r < rows && c < cols ? static_cast<S>(stored<T>(r, c)) : S(0);
       };
-      std::vector<S> scratch = nans<S>(nq * cols), panels = nans<S>(row_panels * MR * cols);
+      std::vector<S> scratch = nans<S>(std::max(nq, MR) * cols),
+                     panels = nans<S>(row_panels * MR * cols);
       detail::pack_row_panels<MR>(rows, cols, from.data(), stride, panels.data(), scratch.data());
       for (Index r = 0; r < row_panels * MR; ++r) {
         for (Index c = 0; c < cols; ++c)

@@ -89,18 +89,18 @@ double worst_ulps(const std::vector<S>& in, F f, ulps::Real (*oracle)(ulps::Real
   for (std::size_t i = 0; i < in.size(); i += std::size_t(simd::kLanes<S>)) {
     const auto packet = lanes(f(simd::load<P>(&padded[i])));
     for (std::size_t x = 0; x < packet.size(); ++x) {
-      const ulps::Real want = oracle(padded[i + x]);
+      const ulps::Real want = oracle(ulps::real(padded[i + x]));
       if (want < ulps::kSmallest<S>) {
         CHECK(packet[x] >= S(0));
         CHECK(packet[x] <= std::numeric_limits<S>::min());
         continue;
       }
-      if (want > static_cast<ulps::Real>(std::numeric_limits<S>::max())) {
+      if (want > ulps::real(std::numeric_limits<S>::max())) {
         CHECK(packet[x] >= std::numeric_limits<S>::max());
         continue;
       }
-      const ulps::Real error = std::abs(packet[x] - want),
-                       scalar_error = std::abs(f(padded[i + x]) - want);
+      const ulps::Real error = std::abs(ulps::real(packet[x]) - want),
+                       scalar_error = std::abs(ulps::real(f(padded[i + x])) - want);
       worst = std::max({worst, error / ulps::ulp<S>(want), scalar_error / ulps::ulp<S>(want)});
     }
   }

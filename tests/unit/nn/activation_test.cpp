@@ -173,6 +173,9 @@ TEST_CASE("activation expressions compose with Eigen, fixed sizes and any order"
   CHECK((of_product - Matrix<float>(gelu(product))).cwiseAbs().maxCoeff() <= 1e-5f);
   const Eigen::MatrixXf columns = a;
   CHECK(Matrix<float>(sigmoid(columns)) == Matrix<float>(sigmoid(a)));
+  const Vector<float> vector = normal_matrix<float>(random, 9, 1);
+  const Vector<float> first = vector.head(4), of_first = silu(vector.head(4));
+  CHECK(of_first == Vector<float>(silu(first)));
   const Eigen::Array4f four(-1.f, 0.f, 1.f, 2.f);
   const Eigen::Array<double, 3, 1> three(-1., 0., 2.);
   const Eigen::Array4f y4 = silu(four);

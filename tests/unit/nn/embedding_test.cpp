@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 using namespace eigenblocks;
@@ -15,7 +16,9 @@ static_assert(TokenIds<std::vector<int>> && TokenIds<std::span<const std::uint16
               TokenIds<Eigen::VectorXi>);
 static_assert(!TokenIds<std::vector<float>> && !TokenIds<Eigen::Matrix<float, 3, 1>> &&
               !TokenIds<Eigen::MatrixXi>);
-static_assert(!TokenIds<decltype(std::declval<Matrix<int>&>().col(0))>,
+static_assert(TokenIds<decltype(std::declval<Eigen::VectorXi&>().head(2))>);
+static_assert(!TokenIds<decltype(std::declval<Matrix<int>&>().col(0))> &&
+                  !TokenIds<decltype(std::declval<Matrix<int>&>().col(0).head(2))>,
               "a strided column is not contiguous");
 
 TEST_CASE_TEMPLATE("embedding copies rows and adds gradients in the order of positions", S, float,

@@ -122,7 +122,8 @@ TEST_CASE("sampling_probs: ties, masks, one token, extreme temperatures") {
 TEST_CASE("sampling_probs: rows of a matrix, and a nucleus among many small tokens") {
   Random random(2);
   const Matrix<float> logits = normal_matrix<float>(random, 3, 40);
-  const Vector<float> row = logits.row(1);
+  const Vector<float> row = logits.row(1), first = row.head(20);
+  CHECK(sampling_probs(row.head(20)) == sampling_probs(first));
   CHECK(sampling_probs(logits.row(1), {.top_p = 0.7}) == sampling_probs(row, {.top_p = 0.7}));
   // 20000 equal tokens hold half of the mass: the bar has to sink below all of them.
   Vector<double> many = Vector<double>::Zero(20001);
@@ -146,6 +147,27 @@ TEST_CASE("sample_index: the first index whose cumulative mass exceeds u") {
   CHECK(sample_index(Vector<double>(8 * p), 0.25) == 3);  // need not sum to 1
   p << 0, 0.1, 0.2, 0, 0;
   CHECK(sample_index(p, std::nextafter(1.0, 0.0)) == 2);  // never a token of probability 0
+}
+
+TEST_CASE("sample_index: several blocks of the vocabulary, and zeros at its end") {
+  Random random(4);
+  for (const Index n : {511, 512, 513, 1024, 2000}) {
+    Vector<double> p = Vector<double>::Zero(n + 3);
+    for (Index i = 0; i < n; ++i) p[i] = random.uniform();
+    double total = 0;
+    for (Index i = 0; i < n; ++i) total += p[i];
+    // Between two cumulative sums, far from both by the measure of rounding.
+    double mass = 0;
+    for (Index i = 0; i < n; ++i) {
+      if (p[i] > 1e-6) CHECK(sample_index(p, (mass + 0.5 * p[i]) / total) == i);
+      mass += p[i];
+    }
+    // Where the sum of the blocks is above the plain one, u close to 1 passes every entry.
+    for (int trial = 0; trial < 20; ++trial) {
+      for (Index i = 0; i < n; ++i) p[i] = random.uniform();
+      CHECK(p[sample_index(p, std::nextafter(1.0, 0.0))] > 0);
+    }
+  }
 }
 
 TEST_CASE("sample_token draws with the frequencies of sampling_probs") {
