@@ -27,7 +27,7 @@ namespace simd {
 template <class P>
 EIGENBLOCKS_ALWAYS_INLINE void sigmoid_pair(const P& x, P& value, P& complement) {
   const P one = set1<P>(lane_t<P>(1));
-  const P e = exp(neg(abs(x)));
+  const P e = exp_nonpositive(neg(abs(x)));
   const P large = div(one, add(one, e));
   const P small = mul(e, large);
   const P negative = less(x, zero<P>());
@@ -46,8 +46,8 @@ EIGENBLOCKS_ALWAYS_INLINE P sigmoid(const P& x) {
 /// x sigmoid(x); silu(-inf) = 0.
 template <class P>
 EIGENBLOCKS_ALWAYS_INLINE P silu(const P& x) {
-  const P gate = sigmoid(x);
-  return select(equal(gate, zero<P>()), zero<P>(), mul(x, gate));
+  // The bound keeps -inf * 0 out; below it the sigmoid is 0.
+  return mul(max(x, set1<P>(lane_t<P>(-1e4))), sigmoid(x));
 }
 
 /// sigmoid(x) (1 + x (1 - sigmoid(x))).
@@ -107,7 +107,7 @@ EIGENBLOCKS_ALWAYS_INLINE P log1p_unit(const P& u) {
 /// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|).
 template <class P>
 EIGENBLOCKS_ALWAYS_INLINE P softplus(const P& x) {
-  const P tail = log1p_unit(exp(neg(abs(x))));
+  const P tail = log1p_unit(exp_nonpositive(neg(abs(x))));
   return add(select(less(zero<P>(), x), x, zero<P>()), select(equal(x, x), tail, x));
 }
 
@@ -161,7 +161,7 @@ EIGENBLOCKS_ALWAYS_INLINE P normal_cdf(const P& x) {
   const P square = mul(a, a);
   const P lost = detail::square_error(a, square);
   const P half = set1<P>(S(0.5));
-  const P density = mul(exp(mul(square, neg(half))), fma(lost, neg(half), one));
+  const P density = mul(exp_nonpositive(mul(square, neg(half))), fma(lost, neg(half), one));
   const P tail = mul(half, mul(mul(t, g), density));
   // Beyond the fitted range the value is below the smallest normal number; also keeps inf - inf out.
   const P edge = set1<P>(S(sizeof(S) == 4 ? 13.1 : 37.6));
@@ -181,7 +181,8 @@ EIGENBLOCKS_ALWAYS_INLINE P gelu(const P& x) {
 template <class P>
 EIGENBLOCKS_ALWAYS_INLINE P gelu_grad(const P& x) {
   using S = lane_t<P>;
-  const P density = mul(exp(mul(mul(x, x), set1<P>(S(-0.5)))), set1<P>(S(0.39894228040143267794)));
+  const P density =
+      mul(exp_nonpositive(mul(mul(x, x), set1<P>(S(-0.5)))), set1<P>(S(0.39894228040143267794)));
   const P cdf = normal_cdf(x);
   return select(equal(density, zero<P>()), cdf, fma(x, density, cdf));
 }

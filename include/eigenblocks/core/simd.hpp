@@ -8,16 +8,17 @@
 //   load_as<P>(from)                   the same from half or bfloat16, exact
 //   + - * / are add sub mul div;  fma(a, b, c) = a b + c
 //   max min abs select(mask, a, b) less(a, b) less_equal(a, b) mask_and mask_or mask_any
-//   exp2 exp                           own polynomials, see the contracts
+//   exp2 exp exp_nonpositive           own polynomials, see the contracts
 //   sum max_lane                       across the lanes
 //   keep_in_register(p)                stops g++ from folding the load of p into each use (see below)
 //   prefetch(address) prefetch_row     what is needed soon
+//   stream stream_fence                stores of what is not needed soon
 //
 // Why own exponentials: Eigen 3.4's exp(-inf) is 2.9e-39, not 0, so masked entries would leak; and these are 2x faster.
 // Contracts (|x| anywhere; tests walk them):
 //   exp2   float <= 1.5 ulp, double <= 1.5 ulp where the result is a normal number; below that 0 or a subnormal;
 //          exp2(-inf) = 0, exp2(0) = 1; NaN stays NaN.  Requires x <= 127 (float), x <= 1023 (double): kernels call it with x <= 0.
-//   exp    the same for every x; overflow gives inf.
+//   exp    the same for every x; overflow gives inf.  exp_nonpositive: x <= 0 only, a third faster.
 #pragma once
 
 #include <eigenblocks/core/types.hpp>
@@ -169,6 +170,29 @@ EIGENBLOCKS_SIMD void keep_in_register(P& p) {
 #endif
 }
 
+/// Stores past the caches, to an address that is a multiple of the packet's size; stream_fence() before others read.
+EIGENBLOCKS_SIMD void stream(lane_t<P>* to, const P& p) {
+#if defined(__SSE2__) && !defined(EIGEN_DONT_VECTORIZE)
+  constexpr bool single = std::is_same_v<lane_t<P>, float>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(P) == 64 && single) return _mm512_stream_ps(to, p);
+  if constexpr (sizeof(P) == 64 && !single) return _mm512_stream_pd(to, p);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(P) == 32 && single) return _mm256_stream_ps(to, p);
+  if constexpr (sizeof(P) == 32 && !single) return _mm256_stream_pd(to, p);
+#endif
+  if constexpr (sizeof(P) == 16 && single) return _mm_stream_ps(to, p);
+  if constexpr (sizeof(P) == 16 && !single) return _mm_stream_pd(to, p);
+#endif
+  store<P>(to, p);
+}
+inline void stream_fence() {
+#if defined(__SSE2__) && !defined(EIGEN_DONT_VECTORIZE)
+  _mm_sfence();
+#endif
+}
+
 /// Asks for the cache line at `address`, which need not be readable.
 EIGENBLOCKS_ALWAYS_INLINE void prefetch(const void* address) {
 #if defined(__GNUC__) || defined(__clang__)
@@ -306,6 +330,17 @@ EIGENBLOCKS_SIMD P exp2(const P& x) {
   // 2^n as a number: 1.0 with n added to its exponent; the product keeps NaN whatever its payload.
   const P power = detail::add_exponent(set1<P>(S(1)), rounded);
   return mul(detail::exp2_fraction(r), power);
+}
+
+/// e^x for x <= 0 (NaN stays, -inf gives 0): the same accuracy, with one bound in place of three selects.
+EIGENBLOCKS_SIMD P exp_nonpositive(const P& x) {
+  using S = lane_t<P>;
+  // From -bias log 2 on, n is -bias, and 2^n below is 0 exactly.
+  const P bounded = max(x, set1<P>(std::is_same_v<S, float> ? S(-88.02969) : S(-709.089565712824)));
+  P rounded, n;
+  const P r = detail::reduce_log2(bounded, rounded, n);
+  const P p = add(set1<P>(S(1)), fma(mul(r, r), detail::exp_tail(r), r));
+  return mul(p, detail::add_exponent(set1<P>(S(1)), rounded));
 }
 
 /// e^x; see the contract at the top.

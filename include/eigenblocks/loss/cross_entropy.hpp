@@ -178,7 +178,7 @@ struct LossSlope {
     const P minus = simd::set1<P>(static_cast<C>(-offset));
     for_packets<C>(n, [&](Index j, auto io) {
       const P value = io.load(x + j);
-      const P e = exp_nonpositive(simd::sub(value, shift));
+      const P e = exp_by_exp2(simd::sub(value, shift));
       io.store(dx + j, chain(simd::fma(e, factor, minus), value));
     });
   }

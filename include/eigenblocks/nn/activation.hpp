@@ -59,7 +59,8 @@ struct ActivationMath {
       slope = simd::select(simd::equal(bend, none), gate, simd::fma(x, bend, gate));
     } else if constexpr (A == Activation::gelu) {
       const P half_square = simd::mul(simd::mul(x, x), simd::set1<P>(S(-0.5)));
-      const P density = simd::mul(simd::exp(half_square), simd::set1<P>(S(0.39894228040143267794)));
+      const P density =
+          simd::mul(simd::exp_nonpositive(half_square), simd::set1<P>(S(0.39894228040143267794)));
       const P cdf = simd::normal_cdf(x);
       f = times(cdf, x);
       slope = simd::select(simd::equal(density, none), cdf, simd::fma(x, density, cdf));

@@ -115,12 +115,12 @@ S reciprocal_norm(const S* x, Index n, S eps) {
 
 /// y = w * (x - mean) r + b; null w or b are left out.
 template <class S>
-void scale_row(const S* x, const S* w, const S* b, S* y, Index n, S mean, S r) {
+void scale_row(const S* x, const S* w, const S* b, S* y, Index n, S mean, S r, bool stream) {
   using P = simd::Packet<S>;
   const P shift = simd::set1<P>(mean), factor = simd::set1<P>(r);
   const auto pass = [&](auto finish) {
-    for_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
-      io.store(y + j, finish(simd::mul(simd::sub(io.load(x + j), shift), factor), j, io));
+    for_output_packets(y, stream, n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
+      io.put(y + j, finish(simd::mul(simd::sub(io.load(x + j), shift), factor), j, io));
     });
   };
   if (w == nullptr && b == nullptr) {
@@ -148,7 +148,7 @@ struct NormRow {
 /// dx of one row; adds dy * h to dw_sum and dy to db_sum unless null.
 template <bool Gain, class S>
 void norm_backward_row(const S* x, const S* w, const S* dy, S* dx, S* dw_sum, S* db_sum, Index n,
-                       const NormRow<S>& row) {
+                       const NormRow<S>& row, bool stream) {
   using P = simd::Packet<S>;
   const P shift = simd::set1<P>(row.mean), factor = simd::set1<P>(row.r);
   const auto normalised = [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
@@ -183,12 +183,12 @@ void norm_backward_row(const S* x, const S* w, const S* dy, S* dx, S* dw_sum, S*
   }
   const P along = simd::set1<P>(product * row.along);
   const P level = simd::set1<P>(sum / static_cast<S>(n));
-  for_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
+  for_output_packets(dx, stream, n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
     const P h = normalised(j, io), g = io.load(dy + j);
     const P u = simd::sub(upstream(j, io), level);
     if constexpr (Gain) io.store(dw_sum + j, simd::fma(g, h, io.load(dw_sum + j)));
     if (db_sum != nullptr) io.store(db_sum + j, simd::add(g, io.load(db_sum + j)));
-    io.store(dx + j, simd::mul(factor, simd::sub(u, simd::mul(h, along))));
+    io.put(dx + j, simd::mul(factor, simd::sub(u, simd::mul(h, along))));
   });
 }
 
@@ -203,6 +203,7 @@ void norm_forward(const ConstMatrixRef<S>& x, const ConstVectorRef<S>& w,
                   const ConstVectorRef<S>& b, MatrixRef<S> y, S* rstd, Index heads,
                   ExecutorRef executor, Statistics&& statistics) {
   const Index d = x.cols() / heads;
+  const bool stream = worth_streaming(y.data(), y.rows(), y.cols(), {x.data()});
   for_row_blocks(x.rows(), x.cols(), executor, [&](Index first, Index rows) {
     for (Index i = first; i < first + rows; ++i) {
       for (Index h = 0; h < heads; ++h) {
@@ -210,9 +211,10 @@ void norm_forward(const ConstMatrixRef<S>& x, const ConstVectorRef<S>& w,
         const NormRow<S> row = statistics(from);
         if (rstd != nullptr) rstd[i * heads + h] = row.r;
         scale_row(from, data_or_null(w), data_or_null(b), y.row(i).data() + h * d, d, row.mean,
-                  row.r);
+                  row.r, stream);
       }
     }
+    if (stream) simd::stream_fence();
   });
 }
 
@@ -225,6 +227,7 @@ void norm_backward(const ConstMatrixRef<S>& x, const ConstVectorRef<S>& w, const
   const Index rows = x.rows(), d = x.cols() / heads, width = dw.size() + db.size();
   const Index block = std::max({Index(1), (rows + 15) / 16, 32768 / std::max<Index>(1, x.cols())});
   const Index blocks = (rows + block - 1) / block;
+  const bool stream = worth_streaming(dx.data(), rows, dx.cols(), {x.data(), dy.data()});
   Matrix<S> sums = Matrix<S>::Zero(blocks, width);
   executor.run(blocks, [&](Index task, int) {
     S* const dw_sum = sums.row(task).data();
@@ -236,12 +239,13 @@ void norm_backward(const ConstMatrixRef<S>& x, const ConstVectorRef<S>& w, const
         S* const to = dx.row(i).data() + h * d;
         const NormRow<S> row = known(from, rstd[i * heads + h]);
         if (w.size() != 0) {
-          norm_backward_row<true>(from, w.data(), upstream, to, dw_sum, db_sum, d, row);
+          norm_backward_row<true>(from, w.data(), upstream, to, dw_sum, db_sum, d, row, stream);
         } else {
-          norm_backward_row<false>(from, w.data(), upstream, to, dw_sum, db_sum, d, row);
+          norm_backward_row<false>(from, w.data(), upstream, to, dw_sum, db_sum, d, row, stream);
         }
       }
     }
+    if (stream) simd::stream_fence();
   });
   dw.setZero();
   db.setZero();

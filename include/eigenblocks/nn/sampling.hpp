@@ -152,7 +152,7 @@ void sampling_probs(const S* logits, S* p, Index n, const SamplingOptions& optio
       std::min(1 / options.temperature, static_cast<double>(std::numeric_limits<S>::max()))));
   for_packets<S>(n, [&](Index j, auto io) EIGENBLOCKS_INLINE_LAMBDA {
     const P z = io.load(logits + j, kMinusInfinity<S>);
-    const P e = exp_nonpositive(simd::mul(simd::sub(z, shift), inverse));
+    const P e = exp_by_exp2(simd::mul(simd::sub(z, shift), inverse));
     io.store(p + j, simd::select(simd::less(z, floor), simd::zero<P>(), e));
   });
   if (options.top_p < 1) keep_nucleus(logits, p, n, options.top_p, workspace.order);

@@ -131,6 +131,7 @@ S value_of(F f, S x) {
 
 constexpr auto exp2_of = [](const auto& x) { return simd::exp2(x); };
 constexpr auto exp_of = [](const auto& x) { return simd::exp(x); };
+constexpr auto exp_nonpositive_of = [](const auto& x) { return simd::exp_nonpositive(x); };
 
 }  // namespace
 
@@ -207,6 +208,28 @@ TEST_CASE_TEMPLATE("exp is within 1.5 ulp everywhere", S, float, double) {
         1.5);
 }
 
+TEST_CASE_TEMPLATE("exp_nonpositive is within 1.5 ulp up to 0", S, float, double) {
+  const auto exact = [](ulps::Real x) { return std::exp(x); };
+  const auto in = arguments<S>(std::numeric_limits<S>::lowest(), S(0));
+  CHECK(worst_ulps<S>(in, exp_nonpositive_of, exact) <= 1.5);
+  const auto near = arguments<S>(std::log(std::numeric_limits<S>::min()), S(0));
+  CHECK(worst_ulps<S>(near, exp_nonpositive_of, exact) <= 1.5);
+}
+
+TEST_CASE_TEMPLATE("half and bfloat16 widen exactly, all of them", T, Eigen::half,
+                   Eigen::bfloat16) {
+  using P = simd::Packet<float>;
+  std::vector<T> in(65536 + std::size_t(simd::kLanes<float>));
+  for (std::size_t i = 0; i < 65536; ++i)
+    in[i] = Eigen::numext::bit_cast<T>(static_cast<std::uint16_t>(i));
+  for (std::size_t i = 0; i < 65536; ++i) {
+    const float got = lanes(simd::load_as<P>(&in[i]))[0], want = static_cast<float>(in[i]);
+    if (std::isnan(want) ? !std::isnan(got)
+                         : std::bit_cast<std::uint32_t>(got) != std::bit_cast<std::uint32_t>(want))
+      FAIL("bits ", i, ": ", got, ", not ", want);
+  }
+}
+
 TEST_CASE("exp just below and above the overflow limit of float") {
   const float last = 88.72283172607421875f;  // the largest float whose exponential is one
   CHECK(value_of<float>(exp_of, last) <= std::numeric_limits<float>::max());
@@ -214,8 +237,9 @@ TEST_CASE("exp just below and above the overflow limit of float") {
 }
 
 TEST_CASE_TEMPLATE("edge values of the exponentials", S, float, double) {
-  for (const auto& f : {+[](S x) { return value_of<S>(exp2_of, x); },
-                        +[](S x) { return value_of<S>(exp_of, x); }}) {
+  for (const auto& f :
+       {+[](S x) { return value_of<S>(exp2_of, x); }, +[](S x) { return value_of<S>(exp_of, x); },
+        +[](S x) { return value_of<S>(exp_nonpositive_of, x); }}) {
     CHECK(f(S(0)) == S(1));
     CHECK(f(S(-0.0)) == S(1));
     CHECK(f(-kInf<S>) == S(0));
@@ -234,6 +258,8 @@ TEST_CASE_TEMPLATE("edge values of the exponentials", S, float, double) {
     CHECK(
         std::isnan(value_of<S>(exp2_of, std::bit_cast<S>(static_cast<Bits>(infinity | payload)))));
     CHECK(std::isnan(value_of<S>(exp_of, std::bit_cast<S>(static_cast<Bits>(infinity | payload)))));
+    CHECK(std::isnan(
+        value_of<S>(exp_nonpositive_of, std::bit_cast<S>(static_cast<Bits>(infinity | payload)))));
   }
   CHECK(value_of<S>(exp_of, kInf<S>) == kInf<S>);
   CHECK(value_of<S>(exp_of, std::numeric_limits<S>::max()) == kInf<S>);

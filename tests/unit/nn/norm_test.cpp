@@ -260,3 +260,32 @@ TEST_CASE("norms: heads are rows of their own, and expressions are taken by valu
   // KeyNorm does not see positive factors; a power of two is exact.
   CHECK(l2_normalize(doubled) == l2_normalize(x));
 }
+
+TEST_CASE("outputs beyond the caches, which are streamed, are the bits of small ones") {
+  constexpr Index rows = 1600, cols = 4096;  // 25 MB
+  static_assert(rows * cols * 4 >= detail::kStreamBytes);
+  Matrix<float> x(rows, cols), dy(rows, cols);
+  for (Index i = 0; i < rows; ++i) {
+    for (Index j = 0; j < cols; ++j) {
+      x(i, j) = static_cast<float>((i * 7 + j * 13) % 101) / 50.0f - 1.0f;
+      dy(i, j) = static_cast<float>((i * 11 + j * 5) % 89) / 40.0f - 1.0f;
+    }
+  }
+  const Vector<float> gain = Vector<float>::LinSpaced(cols, 0.5f, 1.5f);
+  Matrix<float> y(rows, cols), dx(rows, cols), y_row(1, cols), dx_row(1, cols);
+  Vector<float> rstd(rows), dgain(cols), dbias(cols), dgain_row(cols), dbias_row(cols);
+  const thread_pool pool(2);
+  layer_norm_forward(x, gain, gain, y, rstd, {}, pool);
+  layer_norm_backward(x, gain, rstd, dy, dx, dgain, dbias, {}, pool);
+  for (const Index i : {0, 1, 799, 1599}) {
+    Vector<float> rstd_row(1);
+    layer_norm_forward(x.middleRows(i, 1), gain, gain, y_row, rstd_row);
+    layer_norm_backward(x.middleRows(i, 1), gain, rstd_row, dy.middleRows(i, 1), dx_row, dgain_row,
+                        dbias_row);
+    CHECK(y.row(i) == y_row);
+    CHECK(dx.row(i) == dx_row);
+  }
+  Matrix<float> in_place = x;
+  layer_norm_forward(in_place, gain, gain, in_place, rstd);
+  CHECK(in_place == y);
+}
