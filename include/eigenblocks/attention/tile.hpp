@@ -229,10 +229,7 @@ const S* compute_rows(Index rows, Index cols, const T* from, Index stride, S* sc
     out_stride = stride;
     return from;
   } else {
-    for (Index r = 0; r < rows; ++r) {
-      Eigen::Map<Vector<S>>(scratch + r * cols, cols) =
-          Eigen::Map<const Vector<T>>(from + r * stride, cols).template cast<S>();
-    }
+    for (Index r = 0; r < rows; ++r) simd::convert_row(from + r * stride, scratch + r * cols, cols);
     out_stride = cols;
     return scratch;
   }
@@ -312,10 +309,7 @@ void unpack_query_tile(Index count, Index cols, const S* tile, int nq, T* to, In
     transpose_into<S, simd::kLanes<S>>(cols, count, tile, nq, to, stride);
   } else {
     transpose_into<S, simd::kLanes<S>>(cols, count, tile, nq, scratch, cols);
-    for (Index r = 0; r < count; ++r) {
-      Eigen::Map<Vector<T>>(to + r * stride, cols) =
-          Eigen::Map<const Vector<S>>(scratch + r * cols, cols).template cast<T>();
-    }
+    for (Index r = 0; r < count; ++r) simd::convert_row(scratch + r * cols, to + r * stride, cols);
   }
 }
 

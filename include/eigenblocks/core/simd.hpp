@@ -5,7 +5,8 @@
 // packets and on plain scalars alike, so one source serves every target, float and double, Eigen 3.4 and 5.
 //
 //   load store set1 zero iota          memory and constants (unaligned)
-//   load_as<P>(from)                   the same from half or bfloat16, exact
+//   load_as<P>(from) store_as(to, p)   the same from and to half or bfloat16
+//   convert_row(from, to, n)           n numbers from one storage scalar to another
 //   + - * / are add sub mul div;  fma(a, b, c) = a b + c
 //   max min abs select(mask, a, b) less(a, b) less_equal(a, b) mask_and mask_or mask_any
 //   exp2 exp exp_nonpositive           own polynomials, see the contracts
@@ -103,6 +104,42 @@ EIGENBLOCKS_ALWAYS_INLINE P load_as(const T* from) {
   }
 }
 EIGENBLOCKS_SIMD void store(lane_t<P>* to, const P& p) { ei::pstoreu<lane_t<P>>(to, p); }
+/// A packet of float as storage scalars, rounded to nearest even as Eigen's casts do; NaN stays NaN.
+template <class P, StorageScalar T>
+EIGENBLOCKS_ALWAYS_INLINE void store_as(T* to, const P& p) {
+  constexpr int w = kPacketSize<P>;
+  if constexpr (std::is_same_v<T, lane_t<P>>) {
+    store<P>(to, p);
+  } else if constexpr (w == 1) {
+    *to = static_cast<T>(p);
+  } else if constexpr (std::is_same_v<T, Eigen::bfloat16>) {
+    using V = detail::WordVectors<w>;
+    using Words = typename V::Words;
+    const Words bits = std::bit_cast<Words>(p);
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words quiet = (bits >> 16) | 0x40u;
+    const Words nan = (bits & 0x7fffffffu) > 0x7f800000u;  // all ones where it is one
+    const auto upper =
+        __builtin_convertvector((quiet & nan) | (rounded & ~nan), typename V::Halves);
+    std::memcpy(static_cast<void*>(to), &upper, sizeof(upper));
+  } else {
+#if defined(__F16C__) && !defined(EIGEN_DONT_VECTORIZE)
+    if constexpr (w == 8) {
+      return _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                              _mm256_cvtps_ph(p, _MM_FROUND_TO_NEAREST_INT));
+    }
+#if defined(__AVX512F__) && (defined(__OPTIMIZE__) || defined(__clang__))
+    if constexpr (w == 16) {
+      return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                                 _mm512_maskz_cvtps_ph(0xFFFF, p, _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+#endif
+    lane_t<P> lanes[std::size_t(w)];
+    store<P>(lanes, p);
+    for (int i = 0; i < w; ++i) to[i] = static_cast<T>(lanes[i]);
+  }
+}
 EIGENBLOCKS_SIMD P set1(lane_t<P> value) { return ei::pset1<P>(value); }
 EIGENBLOCKS_SIMD P zero() { return ei::pset1<P>(lane_t<P>(0)); }
 /// first, first + 1, ...
@@ -191,6 +228,16 @@ inline void stream_fence() {
 #if defined(__SSE2__) && !defined(EIGEN_DONT_VECTORIZE)
   _mm_sfence();
 #endif
+}
+
+/// to[i] = from[i] for n contiguous numbers, one of T and U being the compute scalar of the other.
+template <StorageScalar T, StorageScalar U>
+void convert_row(const T* from, U* to, Index n) {
+  using S = compute_t<T>;
+  constexpr Index w = kLanes<S>;
+  Index i = 0;
+  for (; i + w <= n; i += w) store_as<Packet<S>>(to + i, load_as<Packet<S>>(from + i));
+  for (; i < n; ++i) to[i] = static_cast<U>(from[i]);
 }
 
 /// Asks for the cache line at `address`, which need not be readable.

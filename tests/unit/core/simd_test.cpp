@@ -230,6 +230,30 @@ TEST_CASE_TEMPLATE("half and bfloat16 widen exactly, all of them", T, Eigen::hal
   }
 }
 
+TEST_CASE_TEMPLATE("storing as half and bfloat16 rounds as Eigen's casts do", T, Eigen::half,
+                   Eigen::bfloat16) {
+  std::vector<float> in;
+  for (const float x : ulps::walk<float>()) in.push_back(x);
+  for (std::uint32_t upper = 0; upper < 65536; ++upper) {  // ties, their neighbours, every exponent
+    for (const std::uint32_t lower :
+         {0x0000u, 0x7fffu, 0x8000u, 0x8001u, 0x1000u, 0x0fffu, 0x1001u})
+      in.push_back(std::bit_cast<float>(upper << 16 | lower));
+  }
+  std::vector<T> out(in.size());
+  simd::convert_row(in.data(), out.data(), static_cast<Index>(in.size()));
+  std::vector<float> back(in.size());
+  simd::convert_row(out.data(), back.data(), static_cast<Index>(in.size()));
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    const T want = static_cast<T>(in[i]);
+    const auto bits = Eigen::numext::bit_cast<std::uint16_t>(out[i]);
+    const bool same = std::isnan(in[i])
+                          ? std::isnan(static_cast<float>(out[i])) && std::isnan(back[i])
+                          : bits == Eigen::numext::bit_cast<std::uint16_t>(want) &&
+                                back[i] == static_cast<float>(want);
+    if (!same) FAIL(in[i], " became bits ", bits);
+  }
+}
+
 TEST_CASE("exp just below and above the overflow limit of float") {
   const float last = 88.72283172607421875f;  // the largest float whose exponential is one
   CHECK(value_of<float>(exp_of, last) <= std::numeric_limits<float>::max());
