@@ -62,8 +62,9 @@ class DecodeRows {
       64;  // keys per soft-max update: K and V of a block fit the first-level cache
   static constexpr Index kSplit =
       1024;  // keys per part: enough parts for threads at 4k, too few to cost anything
-  static constexpr Index kRowsAtOnce = 6;              // of queries times keys in one register tile
-  static constexpr int kRowVectors = kW < 16 ? 2 : 4;  // of values in one register tile
+  static constexpr Index kRowsAtOnce = 6;  // of queries times keys in one register tile
+  // Registers of values in one register tile: with 6 rows 12 accumulators of 16 registers, 24 of 32.
+  static constexpr int kRowVectors = kW < 16 ? 2 : 4;
   static constexpr S kNone = -std::numeric_limits<S>::infinity();
   static constexpr bool kPlainScore = std::is_same_v<typename Rule::score_type, IdentityScore>;
   static_assert(kPanel % kW == 0);
@@ -156,23 +157,24 @@ class DecodeRows {
                 width = panels * kPanel;
     const T* const k = cache_.key_panel(kv, panel);
     const T* const v = cache_.value_row(kv, panel * kPanel);
-    const auto softened = [&] {
+    const Index first = begin - base;
+    const auto attend_with = [&](const auto* keys, const auto& values) {
+      block_scores(panels, keys, query, scores, v);
       for (Index r = 0; r < rows_; ++r)
         soften(kv, r, base, begin, end, width, scores + r * kBlock, out, top, sum);
+      add_values(end - begin, scores + first, values() + first * value_cols_, out, k + width * d);
     };
-    const T* const next = k + width * d;
-    const Index first = begin - base, count = end - begin;
     // 16-bit entries are widened where they are used, unless several groups of rows use them.
-    if (std::is_same_v<S, T> || rows_ <= kRowsAtOnce) {
-      block_scores(panels, k, query, scores, v);
-      softened();
-      add_values(count, scores + first, v + first * value_cols_, out, next);
-    } else {
-      block_scores(panels, widened(k, width * d, key_scratch), query, scores, v);
-      softened();
-      const S* const values = widened(v, width * value_cols_, value_scratch);
-      add_values(count, scores + first, values + first * value_cols_, out, next);
+    if constexpr (!std::is_same_v<S, T>) {
+      if (rows_ > kRowsAtOnce) {
+        simd::convert_row(k, key_scratch, width * d);
+        return attend_with(key_scratch, [&] {
+          simd::convert_row(v, value_scratch, width * value_cols_);
+          return value_scratch;
+        });
+      }
     }
+    attend_with(k, [&] { return v; });
   }
 
   /// Memory that is needed soon, fetched evenly over `turns` turns of a loop: a burst would block the loop's own loads.
@@ -192,11 +194,6 @@ class DecodeRows {
     const char* at_ = nullptr;
     Index step_ = 0;
   };
-
-  static const S* widened(const T* from, Index count, S* scratch) {  // count is a multiple of 16
-    for (Index x = 0; x < count; x += kW) simd::store<P>(scratch + x, simd::load_as<P>(from + x));
-    return scratch;
-  }
 
   /// f.template operator()<M>(r) for groups of M rows from r on: six (and four) rows keep both multiply-add units busy.
   template <class F>
@@ -304,12 +301,11 @@ class DecodeRows {
                   const T* ahead) const {
     Ahead fetch(ahead, keys * n_.key_dim, keys * (value_cols_ / (kRowVectors * kW)));
     in_row_groups([&]<int M>(Index r) EIGENBLOCKS_INLINE_LAMBDA {
-      constexpr int nv = kRowVectors;  // M nv accumulators: at most 12 of 16 registers, 24 of 32
       const S* const p = probabilities + r * kBlock;
       S* const o = out + r * value_cols_;
       Index c = 0;
-      for (; c + nv * kW <= value_cols_; c += nv * kW) {
-        columns<M, nv>(keys, p, values + c, o + c, fetch);
+      for (; c + kRowVectors * kW <= value_cols_; c += kRowVectors * kW) {
+        columns<M, kRowVectors>(keys, p, values + c, o + c, fetch);
         fetch.skip(keys);
       }
       for (; c + kW <= value_cols_; c += kW) columns<M, 1>(keys, p, values + c, o + c, Ahead{});

@@ -175,11 +175,6 @@ class ForwardTiles {
     S* const addend = arena.take<S>(block_ * kNQ);
     S* const scratch = arena.take<S>(pack_scalars());
     S* const block_top = arena.take<S>(kNQ);
-    const auto fetch_queries = [&](Index row) {
-      for (Index i = row; i < std::min(row + kNQ, n_.queries); ++i)
-        simd::prefetch_row(query_ + i * query_stride_ + h * n_.key_dim, n_.key_dim);
-    };
-    fetch_queries(row_begin);
     Index tiles = 0;
     Tile tile[kMaxTiles];
     for (; tiles < tiles_ && row_begin + tiles * kNQ < n_.queries; ++tiles) {
@@ -197,7 +192,6 @@ class ForwardTiles {
       t.top = arena.take<S>(kNQ);
       t.sum = arena.take<S>(kNQ);
       t.factor = arena.take<S>(kNQ);
-      fetch_queries(t.row0 + kNQ);
       start(t, h, first == 0, scratch);
     }
     for (Index at = 0; at < count; at += block_) {
@@ -371,7 +365,7 @@ class ForwardTiles {
   void finish(Tile& t, Index h, bool first_chunk, S* scratch) const {
     if (!t.started && !first_chunk) return;
     T* const out = out_ + t.row0 * out_stride_ + h * n_.value_dim;
-    for (Index x = 0; x < t.count; ++x) simd::prefetch_row(out + x * out_stride_, n_.value_dim);
+    simd::prefetch_rows(out, out_stride_, 0, t.count, n_.value_dim);
     S lse[std::size_t(kNQ)];
     for (Index x = 0; x < t.count; ++x) {
       const bool dead = t.sum[x] == S(0);

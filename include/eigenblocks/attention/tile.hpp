@@ -50,7 +50,8 @@ EIGENBLOCKS_ALWAYS_INLINE void tile_multiply(P (&acc)[std::size_t(MR)][std::size
                                              Index depth, const simd::lane_t<P>* a,
                                              const simd::lane_t<P>* b) {
   constexpr int w = simd::kPacketSize<P>;
-  for (Index k = 0; k < depth; ++k, a += MR, b += NV * w) {  // (unrolled by hand, g++ 12 spills)
+  for (Index k = 0; k < depth;
+       ++k, a += MR, b += NV * w) {  // (g++ 12 spills when this is unrolled)
     P row[std::size_t(NV)];
     unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
       row[v] = simd::load<P>(b + v * w);
@@ -198,8 +199,7 @@ void transpose_into(Index rows, Index cols, const S* from, Index from_stride, S*
   if constexpr (w > 1) {
     for (; r + w <= rows; r += w) {
       // Rows lie far apart: what comes next is fetched meanwhile.
-      for (Index i = r + w; i < std::min(r + 2 * w, rows); ++i)
-        simd::prefetch_row(from + i * from_stride, cols);
+      simd::prefetch_rows(from, from_stride, r + w, std::min(r + 2 * w, rows), cols);
       Index c = 0;
       for (; c + w <= cols; c += w) {
         Eigen::internal::PacketBlock<P, w> block;
@@ -241,8 +241,7 @@ void pack_row_panels(Index rows, Index cols, const T* from, Index stride, S* pan
   for (Index r = 0; r < rows; r += MR, panels += cols * MR) {
     const Index count = std::min<Index>(MR, rows - r);
     if (count < MR) std::fill_n(panels, cols * MR, S(0));
-    for (Index i = r + 2 * MR; i < std::min<Index>(r + 3 * MR, rows); ++i)
-      simd::prefetch_row(from + i * stride, cols);
+    simd::prefetch_rows(from, stride, r + 2 * MR, std::min<Index>(r + 3 * MR, rows), cols);
     Index stride_now = 0;
     const S* const source =
         compute_rows<S>(count, cols, from + r * stride, stride, scratch, stride_now);
@@ -260,8 +259,7 @@ void pack_column_panels(Index rows, Index cols, const T* from, Index stride, S* 
   const Index whole = cols / MR * MR;
   for (Index r = 0; r < rows; r += 4) {
     const Index count = std::min<Index>(4, rows - r);
-    for (Index i = r + 8; i < std::min(r + 12, rows); ++i)
-      simd::prefetch_row(from + i * stride, cols);
+    simd::prefetch_rows(from, stride, r + 8, std::min(r + 12, rows), cols);
     Index source_stride = 0;
     const S* const source =
         compute_rows<S>(count, cols, from + r * stride, stride, scratch, source_stride);

@@ -12,14 +12,14 @@
 //   exp2 exp exp_nonpositive           own polynomials, see the contracts
 //   sum max_lane                       across the lanes
 //   keep_in_register(p)                stops g++ from folding the load of p into each use (see below)
-//   prefetch(address) prefetch_row     what is needed soon
+//   prefetch(address) prefetch_rows    what is needed soon
 //   stream stream_fence                stores of what is not needed soon
 //
 // Why own exponentials: Eigen 3.4's exp(-inf) is 2.9e-39, not 0, so masked entries would leak; and these are 2x faster.
 // Contracts (|x| anywhere; tests walk them):
 //   exp2   float <= 1.5 ulp, double <= 1.5 ulp where the result is a normal number; below that 0 or a subnormal;
 //          exp2(-inf) = 0, exp2(0) = 1; NaN stays NaN.  Requires x <= 127 (float), x <= 1023 (double): kernels call it with x <= 0.
-//   exp    the same for every x; overflow gives inf.  exp_nonpositive: x <= 0 only, a third faster.
+//   exp    the same for every x; overflow gives inf.  exp_nonpositive: x <= 0 only, cheaper.
 #pragma once
 
 #include <eigenblocks/core/types.hpp>
@@ -248,11 +248,14 @@ EIGENBLOCKS_ALWAYS_INLINE void prefetch(const void* address) {
   (void)address;
 #endif
 }
-/// The same for every line of `count` numbers.
+/// The same for every line of `cols` numbers in each of the rows [begin, end), which lie `stride` apart.
 template <class T>
-EIGENBLOCKS_ALWAYS_INLINE void prefetch_row(const T* row, Index count) {
+EIGENBLOCKS_ALWAYS_INLINE void prefetch_rows(const T* rows, Index stride, Index begin, Index end,
+                                             Index cols) {
   constexpr Index line = Index(64 / sizeof(T));
-  for (Index c = 0; c < count; c += line) prefetch(row + c);
+  for (Index r = begin; r < end; ++r) {
+    for (Index c = 0; c < cols; c += line) prefetch(rows + r * stride + c);
+  }
 }
 
 /// Polynomial c[0] + c[1] x + ... by Horner's rule.
