@@ -9,6 +9,10 @@
 // AllocationCount::available is false.
 #pragma once
 
+#if __has_include(<mm_malloc.h>)
+#include <mm_malloc.h>  // clang's declares posix_memalign and must come before ours
+#endif
+
 #include <atomic>
 #include <cstddef>
 
@@ -73,6 +77,12 @@ __attribute__((weak)) void* realloc(void* old, std::size_t size) noexcept {
 __attribute__((weak)) void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
   alloc_guard::note(size);
   return __libc_memalign(alignment, size);
+}
+__attribute__((weak)) int posix_memalign(void** out, std::size_t alignment,
+                                         std::size_t size) noexcept {
+  alloc_guard::note(size);
+  *out = __libc_memalign(alignment, size);
+  return *out == nullptr ? 12 : 0;  // ENOMEM
 }
 }
 
