@@ -26,8 +26,7 @@ std::map<std::string, int, std::less<>> later_ops() {
     const char* ops;
   } kLater[] = {
       {5,
-       "rope_apply_nd mrope_positions rope_tie_positions rope_relative_positions "
-       "rerope_attention rerope_decode relative_bias xpos_apply"},
+       "rope_apply_nd mrope_positions rope_tie_positions relative_bias xpos_apply"},
       {5, "normalized_attention attention_scale softmax_gradient_mass kerple_bias hwfa_window"},
       {6, "mla tvq_attention tvq_codebook_ema gated_linear_attention kv_cache_size ring_attention"},
       {7,
@@ -63,6 +62,7 @@ golden::Registry all_ops() {
   register_nn(registry);
   register_llama(registry);
   register_rope(registry);
+  register_rerope(registry);
   register_rope_frequencies(registry);
   register_optim_structured(registry);
   register_quantize_losses(registry);

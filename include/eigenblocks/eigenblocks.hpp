@@ -11,8 +11,11 @@
 #include <eigenblocks/attention/kernel.hpp>
 #include <eigenblocks/attention/mask.hpp>
 #include <eigenblocks/attention/mha.hpp>
+#include <eigenblocks/attention/near_far.hpp>
 #include <eigenblocks/attention/partial.hpp>
 #include <eigenblocks/attention/reference.hpp>
+#include <eigenblocks/attention/rerope.hpp>
+#include <eigenblocks/attention/rerope_cache.hpp>
 #include <eigenblocks/attention/rule.hpp>
 #include <eigenblocks/attention/score.hpp>
 #include <eigenblocks/attention/tile.hpp>
@@ -52,6 +55,7 @@
 #include <eigenblocks/position/frequencies.hpp>
 #include <eigenblocks/position/frequency_scaling.hpp>
 #include <eigenblocks/position/logn.hpp>
+#include <eigenblocks/position/rerope.hpp>
 #include <eigenblocks/position/rope.hpp>
 
 #include <eigenblocks/version.hpp>

@@ -428,6 +428,7 @@ void register_mha(golden::Registry& registry);               // golden_ops/mha.c
 void register_llama(golden::Registry& registry);             // golden_ops/llama.cpp
 void register_nn(golden::Registry& registry);                // golden_ops/nn.cpp
 void register_rope(golden::Registry& registry);              // golden_ops/rope.cpp
+void register_rerope(golden::Registry& registry);            // golden_ops/rerope.cpp
 void register_rope_frequencies(golden::Registry& registry);  // golden_ops/rope_frequencies.cpp
 void register_optim_structured(golden::Registry& registry);  // golden_ops/optim_structured.cpp
 void register_quantize_losses(golden::Registry& registry);   // golden_ops/quantize_losses.cpp

@@ -9,6 +9,8 @@
 //   dV += P^T dout,  dK += dS^T (rho q)                      tile_rows
 // five products, 2.5 times the forward.
 //
+// With a far branch (near_far.hpp) Q, K and their gradients exist once per branch; dS goes to the branch its score came from.
+//
 // Work is cut by shape: one task per key/value head, or, with few heads, kParts interleaved sets of key blocks whose dQ are
 // added in a fixed order.  Results are bitwise the same for every executor.  Memory: about 8 (Tq + Tk) d scalars per task.
 #pragma once
@@ -28,6 +30,7 @@ class BackwardTiles {
   static constexpr int kW = simd::kLanes<S>, kMR = Shape::kRows, kNV = Shape::kVectors,
                        kNQ = kNV * kW;
   static constexpr int kGR = Shape::kGradientRows;
+  static constexpr int kBranches = branches<Rule>;  // 2: near and far operands
   static constexpr Index kParts = 4, kMaxGroup = 16;
   static constexpr S kNone = -std::numeric_limits<S>::infinity();
   static constexpr bool kAccumulates = HasScoreAccumulate<typename Rule::score_type, S>;
@@ -61,7 +64,16 @@ class BackwardTiles {
         key_cols_(round_up(n_.key_dim, kW)),
         value_cols_(round_up(n_.value_dim, kW)),
         natural_(!std::is_same_v<typename Rule::score_type, IdentityScore> ||
-                 tensors.bias != nullptr) {}
+                 tensors.bias != nullptr) {
+    rows_[0] = {x.query,  x.query_stride,  x.key,  x.key_stride,
+                x.dquery, x.dquery_stride, x.dkey, x.dkey_stride};
+    static_assert(kBranches == 2 || takes_as_given<Rule>, EIGENBLOCKS_POSITION_MESSAGE);
+    if constexpr (kBranches == 2) {
+      const auto& far = rule.position;
+      rows_[1] = {far.query,  far.query_stride,  far.key,  far.key_stride,
+                  far.dquery, far.dquery_stride, far.dkey, far.dkey_stride};
+    }
+  }
 
   void run(ExecutorRef executor, Workspace& workspace) {
     if (gradients_.bias) gradients_.bias->setZero();
@@ -94,31 +106,50 @@ class BackwardTiles {
   }
 
  private:
+  /// Rows of queries and keys, and of their gradients.
+  struct Rows {
+    const T* query;
+    Index query_stride;
+    const T* key;
+    Index key_stride;
+    T* dquery;
+    Index dquery_stride;
+    T* dkey;
+    Index dkey_stride;
+  };
+  struct Branch {
+    S *k_scores, *k_panels;  // packed keys of the kv head
+    S* dkey;                 // accumulator, rows padded to registers
+    S* query_tiles;          // [tile][channel][NQ]
+    S* query_rows;           // [row][padded channel]
+    S* dquery;               // [part][tile][channel][NQ]
+    S* dscore;               // [part] scratch of the sweep
+  };
   struct Buffers {
-    S *k_scores, *v_scores, *k_panels;  // packed keys and values of the kv head
-    S *dkey, *dvalue;                   // accumulators, rows padded to registers
-    S *query_tiles, *dout_tiles;        // [tile][channel][NQ]
-    S *query_rows, *dout_rows;          // [row][padded channel]
-    S *lse, *delta;                     // [row]; lse is +inf where there is nothing to do
-    S* dquery;                          // [part][tile][channel][NQ]
-    S *probability, *dscore, *addend;   // [part] scratch of the sweep
-    S* scratch;                         // [tile] or [key block]
+    Branch branch[std::size_t(kBranches)];
+    S *v_scores, *dvalue;       // as k_scores and dkey
+    S *dout_tiles, *dout_rows;  // as query_tiles and query_rows
+    S *lse, *delta;             // [row]; lse is +inf where there is nothing to do
+    S *probability, *addend;    // [part] scratch of the sweep
+    S* scratch;                 // [tile] or [key block]
     Buffers(const BackwardTiles& t, Arena arena, Index parts) {
       const Index rows = t.tiles_ * kNQ, keys = t.blocks_ * t.block_;
-      k_scores = arena.take<S>(keys * t.n_.key_dim);
+      for (Branch& x : branch) {
+        x.k_scores = arena.take<S>(keys * t.n_.key_dim);
+        x.k_panels = arena.take<S>(keys * t.key_rows_);
+        x.dkey = arena.take<S>(keys * t.key_cols_);
+        x.query_tiles = arena.take<S>(rows * t.n_.key_dim);
+        x.query_rows = arena.take<S>(rows * t.key_cols_);
+        x.dquery = arena.take<S>(parts * rows * t.key_rows_);
+        x.dscore = arena.take<S>(parts * t.sweep_scalars());
+      }
       v_scores = arena.take<S>(keys * t.n_.value_dim);
-      k_panels = arena.take<S>(keys * t.key_rows_);
-      dkey = arena.take<S>(keys * t.key_cols_);
       dvalue = arena.take<S>(keys * t.value_cols_);
-      query_tiles = arena.take<S>(rows * t.n_.key_dim);
       dout_tiles = arena.take<S>(rows * t.n_.value_dim);
-      query_rows = arena.take<S>(rows * t.key_cols_);
       dout_rows = arena.take<S>(rows * t.value_cols_);
       lse = arena.take<S>(rows);
       delta = arena.take<S>(rows);
-      dquery = arena.take<S>(parts * rows * t.key_rows_);
       probability = arena.take<S>(parts * t.sweep_scalars());
-      dscore = arena.take<S>(parts * t.sweep_scalars());
       addend = arena.take<S>(parts * t.block_ * kNQ);
       scratch = arena.take<S>(std::max(t.blocks_, t.tiles_) * t.scratch_scalars());
     }
@@ -129,29 +160,32 @@ class BackwardTiles {
   }
   std::size_t buffer_bytes(Index parts) const {
     const Index rows = tiles_ * kNQ, keys = blocks_ * block_;
-    return padded_bytes<S>(
-               keys * (n_.key_dim + n_.value_dim + key_rows_ + key_cols_ + value_cols_) +
-               rows *
-                   (n_.key_dim + n_.value_dim + key_cols_ + value_cols_ + 2 + parts * key_rows_) +
-               parts * (2 * sweep_scalars() + block_ * kNQ) +
-               std::max(blocks_, tiles_) * scratch_scalars()) +
-           16 * kAlignment;
+    const Index per_branch = keys * (n_.key_dim + key_rows_ + key_cols_) +
+                             rows * (n_.key_dim + key_cols_ + parts * key_rows_) +
+                             parts * sweep_scalars();
+    return padded_bytes<S>(kBranches * per_branch + keys * (n_.value_dim + value_cols_) +
+                           rows * (n_.value_dim + value_cols_ + 2) +
+                           parts * (sweep_scalars() + block_ * kNQ) +
+                           std::max(blocks_, tiles_) * scratch_scalars()) +
+           (9 + 7 * kBranches) * kAlignment;
   }
 
   void kv_head(Index kv, Index parts, Buffers& b, ExecutorRef executor) {
     executor.run(blocks_, [&](Index block, int) {
       const Index at = block * block_, keys = std::min(block_, n_.keys - at);
-      const T* const k = x_.key + at * x_.key_stride + kv * n_.key_dim;
       const T* const v = x_.value + at * x_.value_stride + kv * n_.value_dim;
       S* const scratch = b.scratch + block * scratch_scalars();  // used for 16-bit storage only
-      pack_row_panels<kMR>(keys, n_.key_dim, k, x_.key_stride, b.k_scores + at * n_.key_dim,
-                           scratch);
+      for (int x = 0; x < kBranches; ++x) {
+        const T* const k = rows_[x].key + at * rows_[x].key_stride + kv * n_.key_dim;
+        pack_row_panels<kMR>(keys, n_.key_dim, k, rows_[x].key_stride,
+                             b.branch[x].k_scores + at * n_.key_dim, scratch);
+        pack_column_panels<kMR>(keys, n_.key_dim, k, rows_[x].key_stride,
+                                b.branch[x].k_panels + at * key_rows_, keys * kMR, scratch);
+      }
       pack_row_panels<kMR>(keys, n_.value_dim, v, x_.value_stride, b.v_scores + at * n_.value_dim,
                            scratch);
-      pack_column_panels<kMR>(keys, n_.key_dim, k, x_.key_stride, b.k_panels + at * key_rows_,
-                              keys * kMR, scratch);
     });
-    std::fill_n(b.dkey, blocks_ * block_ * key_cols_, S(0));
+    for (Branch& x : b.branch) std::fill_n(x.dkey, blocks_ * block_ * key_cols_, S(0));
     std::fill_n(b.dvalue, blocks_ * block_ * value_cols_, S(0));
     for (Index r = 0; r < n_.group; ++r) {
       const Index h = kv * n_.group + r;
@@ -165,8 +199,10 @@ class BackwardTiles {
     executor.run(blocks_, [&](Index block, int) {
       const S scale = static_cast<S>(n_.scale);
       for (Index j = block * block_; j < std::min(n_.keys, (block + 1) * block_); ++j) {
-        store_row(b.dkey + j * key_cols_, n_.key_dim, scale,
-                  x_.dkey + j * x_.dkey_stride + kv * n_.key_dim);
+        for (int x = 0; x < kBranches; ++x) {
+          store_row(b.branch[x].dkey + j * key_cols_, n_.key_dim, scale,
+                    rows_[x].dkey + j * rows_[x].dkey_stride + kv * n_.key_dim);
+        }
         store_row(b.dvalue + j * value_cols_, n_.value_dim, S(1),
                   x_.dvalue + j * x_.dvalue_stride + kv * n_.value_dim);
       }
@@ -194,24 +230,33 @@ class BackwardTiles {
     const Index d = n_.key_dim, e = n_.value_dim;
     S* const scratch = b.scratch + tile * scratch_scalars();
     S* const factor = scratch + scratch_scalars() - kNQ;
-    const T* const q = x_.query + row0 * x_.query_stride + h * d;
     const T* const go = x_.dout + row0 * x_.dout_stride + h * e;
     const S unit = static_cast<S>(natural_ ? n_.scale : n_.scale * kLog2e);
     for (Index x = 0; x < kNQ; ++x) factor[x] = x < count ? unit * rho(row0 + x) : S(0);
-    pack_query_tile<S>(count, d, q, x_.query_stride, kNQ, factor, b.query_tiles + row0 * d,
-                       scratch);
+    for (int branch = 0; branch < kBranches; ++branch) {
+      const Rows& from = rows_[branch];
+      Branch& to = b.branch[branch];
+      const T* const q = from.query + row0 * from.query_stride + h * d;
+      pack_query_tile<S>(count, d, q, from.query_stride, kNQ, factor, to.query_tiles + row0 * d,
+                         scratch);
+      for (Index x = 0; x < kNQ; ++x) {
+        RowVectorMap query(to.query_rows + (row0 + x) * key_cols_, key_cols_);
+        query.setZero();
+        if (x < count)
+          query.head(d) = rho(row0 + x) * RowMap(q + x * from.query_stride, d).template cast<S>();
+      }
+      for (Index p = 0; p < parts; ++p)
+        std::fill_n(dquery_tile(to, p, tile), key_rows_ * kNQ, S(0));
+    }
     std::fill_n(factor, kNQ, S(1));
     pack_query_tile<S>(count, e, go, x_.dout_stride, kNQ, factor, b.dout_tiles + row0 * e, scratch);
     for (Index x = 0; x < kNQ; ++x) {
       const Index i = row0 + x;
-      RowVectorMap query(b.query_rows + i * key_cols_, key_cols_),
-          dout(b.dout_rows + i * value_cols_, value_cols_);
-      query.setZero();
+      RowVectorMap dout(b.dout_rows + i * value_cols_, value_cols_);
       dout.setZero();
       b.lse[i] = std::numeric_limits<S>::infinity();
       b.delta[i] = S(0);
       if (x >= count) continue;
-      query.head(d) = rho(i) * RowMap(q + x * x_.query_stride, d).template cast<S>();
       dout.head(e) = RowMap(go + x * x_.dout_stride, e).template cast<S>();
       const S lse = x_.lse[i * x_.lse_stride + h];
       if (lse == kNone) continue;  // no visible key: every probability is 0
@@ -220,13 +265,10 @@ class BackwardTiles {
           dout.head(e).dot(RowMap(x_.out + i * x_.out_stride + h * e, e).template cast<S>());
       if (gradients_.upstream_lse) b.delta[i] -= (*gradients_.upstream_lse)(i, h);
     }
-    for (Index p = 0; p < parts; ++p) {
-      std::fill_n(dquery_tile(b, p, tile), key_rows_ * kNQ, S(0));
-    }
   }
   using RowVectorMap = Eigen::Map<RowVector<S>>;
   S rho(Index i) const { return tensors_.row_scale ? (*tensors_.row_scale)[i] : S(1); }
-  S* dquery_tile(const Buffers& b, Index part, Index tile) const {
+  S* dquery_tile(const Branch& b, Index part, Index tile) const {
     return b.dquery + (part * tiles_ + tile) * key_rows_ * kNQ;
   }
 
@@ -234,78 +276,142 @@ class BackwardTiles {
   void sweep(Index h, Index block, Index part, Buffers& b) const {
     const Index base = block * block_, keys = std::min(block_, n_.keys - base);
     S* const probability = b.probability + part * sweep_scalars();
-    S* const dscore = b.dscore + part * sweep_scalars();
     S* const addend = b.addend + part * block_ * kNQ;
     for (Index first = 0; first < tiles_; first += group_tiles_) {
       const Index count = std::min(group_tiles_, tiles_ - first);
-      Index low = keys,
-            high = 0;  // hull of the visible key rows of the group, in whole gradient rows
-      bool any[kMaxGroup] = {};
-      Index begin[kMaxGroup] = {}, end[kMaxGroup] = {};
+      Strip value_strips[kMaxGroup], strips[std::size_t(kBranches)][kMaxGroup];
       for (Index x = 0; x < count; ++x) {
         const KeyRange range = visible(first + x);
         const Index a = std::max(range.begin - base, Index{0}),
                     z = std::min(range.end - base, keys);
+        if (a >= z) continue;
         const Index i0 = (first + x) * kNQ + shape_.query_offset;
         const Index i1 = std::min(n_.queries, (first + x + 1) * kNQ) + shape_.query_offset;
-        TileClass tile_class = TileClass::empty;
-        if (a < z) {
-          tile_class = detail::classify(rule_.mask, i0, i1, base + a + shape_.key_offset,
-                                        base + z + shape_.key_offset);
-        }
-        any[x] = tile_class != TileClass::empty;
-        if (!any[x]) continue;
-        begin[x] = a / kGR * kGR;
-        end[x] = std::min(round_up(z, kGR), block_);
-        low = std::min(low, begin[x]);
-        high = std::max(high, end[x]);
-        tile(h, first + x, base, a, z, keys, tile_class, b, probability + x * block_ * kNQ,
-             dscore + x * block_ * kNQ, addend, dquery_tile(b, part, first + x));
-        for (S* const values : {probability + x * block_ * kNQ, dscore + x * block_ * kNQ}) {
-          std::fill(values + begin[x] * kNQ, values + a * kNQ, S(0));
-          std::fill(values + z * kNQ, values + end[x] * kNQ, S(0));
-        }
+        const TileClass tile_class = detail::classify(
+            rule_.mask, i0, i1, base + a + shape_.key_offset, base + z + shape_.key_offset);
+        if (tile_class == TileClass::empty) continue;
+        const Strip hull{a, z};
+        Strip part_of[std::size_t(kBranches)];
+        S* dscore[std::size_t(kBranches)];
+        for (int k = 0; k < kBranches; ++k)
+          dscore[k] = b.branch[k].dscore + part * sweep_scalars() + x * block_ * kNQ;
+        tile(h, first + x, base, hull, keys, tile_class, part, b, probability + x * block_ * kNQ,
+             dscore, addend, part_of);
+        value_strips[x] = whole_rows(hull, probability + x * block_ * kNQ);
+        for (int k = 0; k < kBranches; ++k) strips[k][x] = whole_rows(part_of[k], dscore[k]);
       }
-      for (Index r = low; r < high; r += kGR) {
-        for (Index x = 0; x < count;) {  // runs of tiles that see these rows
-          if (!any[x] || r < begin[x] || r >= end[x]) {
-            ++x;
-            continue;
-          }
-          Index stop = x + 1;
-          while (stop < count && any[stop] && r >= begin[stop] && r < end[stop]) ++stop;
-          const Index rows = (first + x) * kNQ;
-          tile_rows<S, kGR>(value_cols_, stop - x, block_ * kNQ, kNQ,
-                            probability + (x * block_ + r) * kNQ, b.dout_rows + rows * value_cols_,
-                            value_cols_, b.dvalue + (base + r) * value_cols_, value_cols_);
-          tile_rows<S, kGR>(key_cols_, stop - x, block_ * kNQ, kNQ, dscore + (x * block_ + r) * kNQ,
-                            b.query_rows + rows * key_cols_, key_cols_,
-                            b.dkey + (base + r) * key_cols_, key_cols_);
-          x = stop;
-        }
+      accumulate_rows(count, value_strips, probability, b.dout_rows + first * kNQ * value_cols_,
+                      value_cols_, b.dvalue + base * value_cols_);
+      for (int k = 0; k < kBranches; ++k) {
+        Branch& branch = b.branch[k];
+        accumulate_rows(count, strips[k], branch.dscore + part * sweep_scalars(),
+                        branch.query_rows + first * kNQ * key_cols_, key_cols_,
+                        branch.dkey + base * key_cols_);
       }
     }
   }
 
-  /// Rows [a, z) of one tile: probabilities, score gradients and this block's share of dQ.
-  void tile(Index h, Index index, Index base, Index a, Index z, Index keys, TileClass tile_class,
-            const Buffers& b, S* probability, S* dscore, S* addend, S* dquery) const {
+  /// Key rows [begin, end) of a block.
+  struct Strip {
+    Index begin = 0, end = 0;
+  };
+  /// The strip widened to whole gradient rows, the additional values cleared.
+  Strip whole_rows(Strip strip, S* values) const {
+    if (strip.begin == strip.end) return {};
+    const Strip whole{strip.begin / kGR * kGR, std::min(round_up(strip.end, kGR), block_)};
+    std::fill(values + whole.begin * kNQ, values + strip.begin * kNQ, S(0));
+    std::fill(values + strip.end * kNQ, values + whole.end * kNQ, S(0));
+    return whole;
+  }
+
+  /// to[key] += sum over the tiles' queries of values[tile][key][query] * rows[tile query].
+  void accumulate_rows(Index tiles, const Strip* strips, const S* values, const S* rows, Index cols,
+                       S* to) const {
+    Index low = block_, high = 0;
+    for (Index x = 0; x < tiles; ++x) {
+      if (strips[x].begin == strips[x].end) continue;
+      low = std::min(low, strips[x].begin);
+      high = std::max(high, strips[x].end);
+    }
+    for (Index r = low; r < high; r += kGR) {
+      const auto sees = [&](Index x) { return strips[x].begin <= r && r < strips[x].end; };
+      for (Index x = 0; x < tiles;) {  // runs of tiles that see these rows
+        if (!sees(x)) {
+          ++x;
+          continue;
+        }
+        Index stop = x + 1;
+        while (stop < tiles && sees(stop)) ++stop;
+        tile_rows<S, kGR>(cols, stop - x, block_ * kNQ, kNQ, values + (x * block_ + r) * kNQ,
+                          rows + x * kNQ * cols, cols, to + r * cols, cols);
+        x = stop;
+      }
+    }
+  }
+
+  /// Rows `hull` of one tile: probabilities, score gradients and this block's share of dQ; part_of: the rows that a branch's
+  /// dscore holds.
+  void tile(Index h, Index index, Index base, Strip hull, Index keys, TileClass tile_class,
+            Index part, const Buffers& b, S* probability, S* const* dscore, S* addend,
+            Strip* part_of) const {
+    const auto [a, z] = hull;
     const Index row0 = index * kNQ, d = n_.key_dim, e = n_.value_dim;
     const Index g0 = a / kMR, g1 = (z + kMR - 1) / kMR;
-    tile_scores<S, kMR, kNV, false>(g1 - g0, d, b.k_scores + (base + g0 * kMR) * d,
-                                    b.query_tiles + row0 * d, probability + g0 * kMR * kNQ,
-                                    nullptr);
+    part_of[0] = hull;
+    S* both = dscore[0];  // where the gradients of all rows are computed
+    [[maybe_unused]] Strip mixed;
+    if constexpr (kBranches == 1) {
+      tile_scores<S, kMR, kNV, false>(g1 - g0, d, b.branch[0].k_scores + (base + g0 * kMR) * d,
+                                      b.branch[0].query_tiles + row0 * d,
+                                      probability + g0 * kMR * kNQ, nullptr);
+    } else {
+      const Index i0 = row0 + shape_.query_offset, j0 = base + shape_.key_offset,
+                  i1 = std::min(n_.queries, row0 + kNQ) + shape_.query_offset,
+                  window = rule_.position.window;
+      const NearFarSplit split = near_far_split(i0, i1, j0, kMR, g0, g1, window);
+      const auto operands = [&](const Branch& x) {
+        return BranchOperands<S>{x.k_scores + base * d, x.query_tiles + row0 * d};
+      };
+      near_far_tile<S, kMR, kNV, false>(split, window, i0, j0, d, operands(b.branch[0]),
+                                        operands(b.branch[1]), probability, addend, nullptr);
+      mixed = {std::clamp(split.mixed_begin * kMR, a, z), std::clamp(split.mixed_end * kMR, a, z)};
+      part_of[0] = {mixed.begin, z};
+      part_of[1] = {a, mixed.end};
+      if (mixed.begin == z) both = dscore[1];
+    }
     tile_scores<S, kMR, kNV, false>(g1 - g0, e, b.v_scores + (base + g0 * kMR) * e,
-                                    b.dout_tiles + row0 * e, dscore + g0 * kMR * kNQ, nullptr);
+                                    b.dout_tiles + row0 * e, both + g0 * kMR * kNQ, nullptr);
     if (!natural_ && tile_class == TileClass::full && tensors_.mask == nullptr) {
-      plain_gradient(z - a, probability + a * kNQ, dscore + a * kNQ, b.lse + row0, b.delta + row0);
+      plain_gradient(z - a, probability + a * kNQ, both + a * kNQ, b.lse + row0, b.delta + row0);
     } else {
       general_gradient(h, row0, base + a, base + z, tile_class, probability + a * kNQ,
-                       dscore + a * kNQ, b.lse + row0, b.delta + row0, addend);
+                       both + a * kNQ, b.lse + row0, b.delta + row0, addend);
     }
-    tile_accumulate<S, kMR, kNV, TileStart::keep>(key_rows_ / kMR, z - a,
-                                                  b.k_panels + base * key_rows_ + a * kMR,
-                                                  keys * kMR, dscore + a * kNQ, dquery, nullptr);
+    if constexpr (kBranches == 2) {
+      if (both == dscore[0]) divide(a, mixed, row0, base, dscore[0], dscore[1]);
+    }
+    for (int k = 0; k < kBranches; ++k) {
+      const auto [begin, end] = part_of[k];
+      if (begin == end) continue;
+      tile_accumulate<S, kMR, kNV, TileStart::keep>(
+          key_rows_ / kMR, end - begin, b.branch[k].k_panels + base * key_rows_ + begin * kMR,
+          keys * kMR, dscore[k] + begin * kNQ, dquery_tile(b.branch[k], part, index), nullptr);
+    }
+  }
+
+  /// Rows [a, mixed.begin) move from near to far; those of `mixed` are divided lane by lane.
+  void divide(Index a, Strip mixed, Index row0, Index base, S* near, S* far) const {
+    const Index i0 = row0 + shape_.query_offset, window = rule_.position.window;
+    std::copy(near + a * kNQ, near + mixed.begin * kNQ, far + a * kNQ);
+    for (Index r = mixed.begin; r < mixed.end; ++r) {
+      for (int v = 0; v < kNQ; v += kW) {
+        const P is_far =
+            far_lanes(simd::iota<P>(static_cast<S>(v)), i0, base + r + shape_.key_offset, window);
+        const P gradient = simd::load<P>(near + r * kNQ + v);
+        simd::store<P>(near + r * kNQ + v, simd::select(is_far, simd::zero<P>(), gradient));
+        simd::store<P>(far + r * kNQ + v, simd::select(is_far, gradient, simd::zero<P>()));
+      }
+    }
   }
 
   static EIGENBLOCKS_NOINLINE void plain_gradient(Index rows, S* probability, S* dscore,
@@ -407,33 +513,34 @@ class BackwardTiles {
   /// Adds the parts of dQ in order, writes the rows, and the head's share of the row_scale gradient.
   void finish_tile(Index h, Index tile, Index parts, Buffers& b) {
     const Index row0 = tile * kNQ, count = std::min<Index>(kNQ, n_.queries - row0), d = n_.key_dim;
-    S* const sum = dquery_tile(b, 0, tile);
-    for (Index p = 1; p < parts; ++p) {
-      RowVectorMap(sum, d * kNQ) += RowVectorMap(dquery_tile(b, p, tile), d * kNQ);
-    }
     S* const scratch = b.scratch + tile * scratch_scalars();
     S* const factor = scratch + scratch_scalars() - kNQ;
-    if (gradients_.row_scale) {
-      for (Index x = 0; x < count; ++x) {
-        S product = 0;
-        for (Index c = 0; c < d; ++c) {
-          product +=
-              sum[c * kNQ + x] * static_cast<S>(x_.query[(row0 + x) * x_.query_stride + h * d + c]);
-        }
-        rho_gradient_[static_cast<std::size_t>(h * n_.queries + row0 + x)] =
-            static_cast<S>(n_.scale) * product;
-      }
-    }
     for (Index x = 0; x < kNQ; ++x)
       factor[x] = x < count ? static_cast<S>(n_.scale) * rho(row0 + x) : S(0);
-    for (Index c = 0; c < d; ++c) {
-      for (int v = 0; v < kNQ; v += kW) {
-        simd::store<P>(sum + c * kNQ + v,
-                       simd::mul(simd::load<P>(sum + c * kNQ + v), simd::load<P>(factor + v)));
+    for (int branch = 0; branch < kBranches; ++branch) {
+      S* const sum = dquery_tile(b.branch[branch], 0, tile);
+      for (Index p = 1; p < parts; ++p) {
+        RowVectorMap(sum, d * kNQ) += RowVectorMap(dquery_tile(b.branch[branch], p, tile), d * kNQ);
       }
+      const Rows& rows = rows_[branch];
+      if (gradients_.row_scale) {
+        for (Index x = 0; x < count; ++x) {
+          const T* const q = rows.query + (row0 + x) * rows.query_stride + h * d;
+          S product = 0;
+          for (Index c = 0; c < d; ++c) product += sum[c * kNQ + x] * static_cast<S>(q[c]);
+          rho_gradient_[static_cast<std::size_t>(h * n_.queries + row0 + x)] +=
+              static_cast<S>(n_.scale) * product;
+        }
+      }
+      for (Index c = 0; c < d; ++c) {
+        for (int v = 0; v < kNQ; v += kW) {
+          simd::store<P>(sum + c * kNQ + v,
+                         simd::mul(simd::load<P>(sum + c * kNQ + v), simd::load<P>(factor + v)));
+        }
+      }
+      unpack_query_tile<S>(count, d, sum, kNQ, rows.dquery + row0 * rows.dquery_stride + h * d,
+                           rows.dquery_stride, scratch);
     }
-    unpack_query_tile<S>(count, d, sum, kNQ, x_.dquery + row0 * x_.dquery_stride + h * d,
-                         x_.dquery_stride, scratch);
   }
 
   void sink_gradient(Index h, const Buffers& b) const {
@@ -451,6 +558,7 @@ class BackwardTiles {
   const AttentionTensors<S>& tensors_;
   const AttentionTensorGradients<S>& gradients_;
   Operands x_;
+  Rows rows_[std::size_t(kBranches)];
   Index block_, group_tiles_, tiles_, blocks_, key_rows_, key_cols_, value_cols_;
   bool natural_;
   std::vector<S> rho_gradient_;  // [head][row], summed over heads at the end

@@ -35,6 +35,16 @@ struct KvCacheOptions {
   friend bool operator==(const KvCacheOptions&, const KvCacheOptions&) = default;
 };
 
+namespace detail {
+
+/// to[c stride] = from[c].
+template <StorageScalar T>
+void scatter(const T* from, Index count, T* to, Index stride) {
+  for (Index c = 0; c < count; ++c) to[c * stride] = from[c];
+}
+
+}  // namespace detail
+
 template <StorageScalar T>
 class KvCache {
  public:
@@ -102,9 +112,8 @@ class KvCache {
     for (Index r = std::max<Index>(0, rows - slots_); r < rows; ++r) {
       const Index at = slot(size_ + r);
       for (Index h = 0; h < options_.kv_heads; ++h) {
-        T* const panel = panel_to_fill(h, at / kPanel) + at % kPanel;
-        const T* const k = key.data() + r * key.outerStride() + h * d;
-        for (Index c = 0; c < d; ++c) panel[c * kPanel] = k[c];
+        detail::scatter(key.data() + r * key.outerStride() + h * d, d,
+                        panel_to_fill(h, at / kPanel) + at % kPanel, kPanel);
         std::copy_n(value.data() + r * value.outerStride() + h * e, e, row_to_fill(h, at));
       }
     }

@@ -17,6 +17,7 @@
 
 #include <eigenblocks/attention/cache.hpp>
 #include <eigenblocks/attention/forward_tiles.hpp>
+#include <eigenblocks/attention/near_far.hpp>
 
 EIGENBLOCKS_NAMESPACE_BEGIN
 
@@ -65,6 +66,8 @@ class DecodeRows {
   static constexpr Index kRowsAtOnce = 6;  // of queries times keys in one register tile
   // Registers of values in one register tile: with 6 rows 12 accumulators of 16 registers, 24 of 32.
   static constexpr int kRowVectors = kW < 16 ? 2 : 4;
+  static constexpr int kBranches =
+      branches<Rule>;  // 2: keys of the far branch, the near ones in a ring
   static constexpr S kNone = -std::numeric_limits<S>::infinity();
   static constexpr bool kPlainScore = std::is_same_v<typename Rule::score_type, IdentityScore>;
   static_assert(kPanel % kW == 0);
@@ -110,15 +113,16 @@ class DecodeRows {
 
  private:
   std::size_t scratch_bytes() const {
-    return padded_bytes<S>(rows_ * n_.key_dim) + padded_bytes<S>(rows_ * kBlock) +
+    return kBranches * (padded_bytes<S>(rows_ * n_.key_dim) + padded_bytes<S>(rows_ * kBlock)) +
            padded_bytes<S>(kBlock * n_.key_dim) + padded_bytes<S>(kBlock * value_cols_);
   }
   Index position(Index row) const { return cache_.size() - n_.queries + row; }
 
   /// Keys of one split: partial = out rows (not normalised), then per row maximum and sum.
   void attend(Index kv, Index begin, S* partial, Arena arena) const {
-    S* const query = arena.take<S>(rows_ * n_.key_dim);
-    S* const scores = arena.take<S>(rows_ * kBlock);
+    Branch branch[std::size_t(kBranches)];
+    for (Branch& x : branch)
+      x = {nullptr, arena.take<S>(rows_ * n_.key_dim), arena.take<S>(rows_ * kBlock)};
     S* const key_scratch = arena.take<S>(kBlock * n_.key_dim);
     S* const value_scratch = arena.take<S>(kBlock * value_cols_);
     S* const top = partial + rows_ * value_cols_;
@@ -135,46 +139,94 @@ class DecodeRows {
       const Index i = r / n_.group, h = kv * n_.group + r % n_.group;
       const S factor =
           static_cast<S>(n_.scale) * (tensors_.row_scale ? (*tensors_.row_scale)[i] : S(1));
-      const T* const q = query_ + i * query_stride_ + h * n_.key_dim;
-      for (Index c = 0; c < n_.key_dim; ++c)
-        query[r * n_.key_dim + c] = factor * static_cast<S>(q[c]);
+      const auto scale_row = [&](const T* q, S* to) {
+        for (Index c = 0; c < n_.key_dim; ++c) to[c] = factor * static_cast<S>(q[c]);
+      };
+      scale_row(query_ + i * query_stride_ + h * n_.key_dim, branch[0].query + r * n_.key_dim);
+      if constexpr (kBranches == 2)
+        scale_row(rule_.position.query_row(i, h * n_.key_dim), branch[1].query + r * n_.key_dim);
     }
     // Positions advance panel by panel; a block never crosses the end of the ring, and starts on a panel.
     for (Index p = low; p < high;) {
       const Index at = cache_.slot(p), lane0 = at % kPanel;
       const Index base = p - lane0;  // position that lane 0 of the first panel would have
-      const Index end = std::min({high, base + kBlock, p + cache_.slots() - at});
-      block(kv, at / kPanel, base, p, end, query, scores, key_scratch, value_scratch, partial, top,
-            sum);
+      Index end = std::min({high, base + kBlock, p + cache_.slots() - at});
+      if constexpr (kBranches == 1) {
+        branch[0].keys = cache_.key_panel(kv, at / kPanel);
+      } else {
+        end = choose_branches(kv, at / kPanel, p, end, branch);
+      }
+      block(kv, at / kPanel, base, p, end, branch, key_scratch, value_scratch, partial, top, sum);
       p = end;
     }
   }
 
+  /// One block's keys, null when it has none of the branch; query rows; scores of the block.
+  struct Branch {
+    const T* keys;
+    S *query, *scores;
+  };
+
+  /// Keys of the branches for positions from p on, and where they end: blocks are cut where the window of a row begins, so
+  /// that only keys near to some rows and far to others are multiplied twice.
+  Index choose_branches(Index kv, Index panel, Index p, Index end, Branch* branch) const {
+    const auto& near = rule_.position;
+    const Index far_end = position(0) - near.window + 1,
+                near_begin = position(n_.queries - 1) - near.window + 1;
+    branch[0].keys = branch[1].keys = nullptr;
+    if (p < near_begin) branch[1].keys = cache_.key_panel(kv, panel);
+    if (p < far_end) return std::min(end, far_end);
+    const Index at = near.ring->slot(p);
+    branch[0].keys = near.ring->key_panel(kv, at / kPanel);
+    if (p < near_begin) end = std::min(end, near_begin);
+    return std::min(end, p + near.ring->slots() - at);
+  }
+
   /// Keys [begin, end) at positions base + lane of consecutive panels.
-  void block(Index kv, Index panel, Index base, Index begin, Index end, const S* query, S* scores,
+  void block(Index kv, Index panel, Index base, Index begin, Index end, const Branch* branch,
              S* key_scratch, S* value_scratch, S* out, S* top, S* sum) const {
     const Index d = n_.key_dim, panels = (end - base + kPanel - 1) / kPanel,
                 width = panels * kPanel;
-    const T* const k = cache_.key_panel(kv, panel);
     const T* const v = cache_.value_row(kv, panel * kPanel);
     const Index first = begin - base;
-    const auto attend_with = [&](const auto* keys, const auto& values) {
-      block_scores(panels, keys, query, scores, v);
-      for (Index r = 0; r < rows_; ++r)
-        soften(kv, r, base, begin, end, width, scores + r * kBlock, out, top, sum);
-      add_values(end - begin, scores + first, values() + first * value_cols_, out, k + width * d);
-    };
     // 16-bit entries are widened where they are used, unless several groups of rows use them.
-    if constexpr (!std::is_same_v<S, T>) {
-      if (rows_ > kRowsAtOnce) {
-        simd::convert_row(k, key_scratch, width * d);
-        return attend_with(key_scratch, [&] {
-          simd::convert_row(v, value_scratch, width * value_cols_);
-          return value_scratch;
-        });
+    const bool widen = !std::is_same_v<S, T> && rows_ > kRowsAtOnce;
+    const auto widened = [&](const T* from, S* to, Index count, const auto& use) {
+      if constexpr (!std::is_same_v<S, T>) {
+        if (widen) {
+          simd::convert_row(from, to, count);
+          return use(static_cast<const S*>(to));
+        }
       }
+      use(from);
+    };
+    S* scores = branch[0].scores;
+    const T* next = nullptr;
+    for (int x = 0; x < kBranches; ++x) {
+      if (kBranches == 2 && branch[x].keys == nullptr) continue;
+      scores = branch[x].scores;
+      next = branch[x].keys + width * d;
+      widened(branch[x].keys, key_scratch, width * d,
+              [&](const auto* keys) { block_scores(panels, keys, branch[x].query, scores, v); });
     }
-    attend_with(k, [&] { return v; });
+    if constexpr (kBranches == 2) {
+      if (branch[0].keys && branch[1].keys) scores = choose_scores(base, width, branch);
+    }
+    for (Index r = 0; r < rows_; ++r)
+      soften(kv, r, base, begin, end, width, scores + r * kBlock, out, top, sum);
+    widened(v, value_scratch, width * value_cols_, [&](const auto* values) {
+      add_values(end - begin, scores + first, values + first * value_cols_, out, next);
+    });
+  }
+
+  /// Of each row's two scores the one its distance asks for.
+  S* choose_scores(Index base, Index width, const Branch* branch) const {
+    for (Index r = 0; r < rows_; ++r) {
+      const Index far = position(r / n_.group) - rule_.position.window + 1 - base;
+      const Index count = std::clamp<Index>(far, 0, width);
+      std::copy_n(branch[1].scores + r * kBlock, count, branch[0].scores + r * kBlock);
+    }
+    return branch[0].scores;
   }
 
   /// Memory that is needed soon, fetched evenly over `turns` turns of a loop: a burst would block the loop's own loads.
@@ -444,15 +496,16 @@ struct CacheRule {
 };
 template <StorageScalar T, class Rule>
 CacheRule<Rule> cache_rule(const KvCache<T>& cache, const Rule& rule) {
+  static_assert(takes_as_given<Rule>, EIGENBLOCKS_POSITION_MESSAGE);
   const Index window = cache.ring() ? cache.options().window : kWidestWindow;
   return {{MaskRef<typename Rule::mask_type>(rule.mask), WindowLeftMask(window)}, rule.score};
 }
 
-/// The last rows of the cache ask; everything has been checked.
-template <StorageScalar T, class Rule>
-void attend_over_cache(KvCache<T>& cache, AttentionSizes n, const T* query, Index query_stride,
-                       T* out, Index out_stride, compute_t<T>* lse, Index lse_stride,
-                       const AttentionShape& shape, const Rule& rule,
+/// The last rows of the cache ask; everything has been checked.  source: keys and values of the tiles for many rows.
+template <StorageScalar T, class Source, class Rule>
+void attend_over_cache(KvCache<T>& cache, const Source& source, AttentionSizes n, const T* query,
+                       Index query_stride, T* out, Index out_stride, compute_t<T>* lse,
+                       Index lse_stride, const AttentionShape& shape, const Rule& rule,
                        const AttentionTensors<compute_t<T>>& tensors, ExecutorRef executor) {
   using S = compute_t<T>;
   if (n.queries == 0) return;
@@ -475,9 +528,8 @@ void attend_over_cache(KvCache<T>& cache, AttentionSizes n, const T* query, Inde
     lse_stride = n.heads;
   }
   const auto tiles = [&](const AttentionSizes& sizes) {
-    return ForwardTiles<S, T, CacheSource<T>, Rule>(sizes, local, rule, tensors, query,
-                                                    query_stride, CacheSource<T>{&cache}, out,
-                                                    out_stride, lse, lse_stride, TileTuning{});
+    return ForwardTiles<S, T, Source, Rule>(sizes, local, rule, tensors, query, query_stride,
+                                            source, out, out_stride, lse, lse_stride, TileTuning{});
   };
   AttentionSizes most = n;
   most.keys = cache.slots();
@@ -506,9 +558,10 @@ void attention_over_cache(KvCache<T>& cache, const Q& query, O&& out, const Atte
   if (lse != nullptr)
     detail::require_shape("lse", lse->rows(), lse->cols(), n.queries, n.heads, "queries x heads");
   const auto bounded = detail::cache_rule(cache, rule);
-  detail::attend_over_cache(cache, n, query.data(), query.outerStride(), out.data(),
-                            out.outerStride(), lse ? lse->data() : nullptr, lse ? lse->cols() : 0,
-                            shape, bounded, tensors, executor);
+  detail::attend_over_cache(cache, detail::CacheSource<T>{&cache}, n, query.data(),
+                            query.outerStride(), out.data(), out.outerStride(),
+                            lse ? lse->data() : nullptr, lse ? lse->cols() : 0, shape, bounded,
+                            tensors, executor);
 }
 
 /// Appends key and value rows, then attends with query rows at their positions.  Any number of rows: one when decoding, a chunk
@@ -541,10 +594,10 @@ void attention_step(KvCache<T>& cache, const Q& query, const K& key, const V& va
       part_scale = tensors.row_scale->segment(r, rows);
       part_tensors.row_scale = &part_scale;
     }
-    detail::attend_over_cache<T>(cache, part, query.data() + r * query.outerStride(),
-                                 query.outerStride(), out.data() + r * out.outerStride(),
-                                 out.outerStride(), nullptr, 0, shape, bounded, part_tensors,
-                                 executor);
+    detail::attend_over_cache<T>(cache, detail::CacheSource<T>{&cache}, part,
+                                 query.data() + r * query.outerStride(), query.outerStride(),
+                                 out.data() + r * out.outerStride(), out.outerStride(), nullptr, 0,
+                                 shape, bounded, part_tensors, executor);
   }
 }
 

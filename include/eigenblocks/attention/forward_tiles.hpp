@@ -13,6 +13,7 @@
 // the lowest float keep their meaning.
 #pragma once
 
+#include <eigenblocks/attention/near_far.hpp>
 #include <eigenblocks/attention/partial.hpp>
 #include <eigenblocks/attention/rule.hpp>
 #include <eigenblocks/attention/tile.hpp>
@@ -65,6 +66,7 @@ class ForwardTiles {
   using P = simd::Packet<S>;
   static constexpr int kW = simd::kLanes<S>, kMR = Shape::kRows, kNV = Shape::kVectors,
                        kNQ = kNV * kW;
+  static constexpr int kBranches = branches<Rule>;  // 2: near and far operands (near_far.hpp)
   static constexpr Index kMaxTiles = 16;
   static constexpr Index kBatchScalars = Index{1} << 21;  // packed at once to keep workers busy
   static constexpr S kNone = -std::numeric_limits<S>::infinity();
@@ -90,7 +92,7 @@ class ForwardTiles {
         value_rows_(round_up(sizes.value_dim, kMR)),
         natural_(!std::is_same_v<typename Rule::score_type, IdentityScore> ||
                  tensors.bias != nullptr) {
-    const Index row = std::max<Index>(1, n_.key_dim + value_rows_);
+    const Index row = std::max<Index>(1, kBranches * n_.key_dim + value_rows_);
     chunk_ = std::max(block_, tuning.packed_scalars / row / block_ * block_);
     // One chunk where parts could not be merged: 16-bit outputs do not hold them, and next to a bias of -1e30 the
     // log-sum-exp forgets how many keys it stands for.
@@ -146,28 +148,34 @@ class ForwardTiles {
     Index row0, count;     // query rows [row0, row0 + count)
     Index begin, end;      // visible key columns, a hull
     bool started = false;  // out holds something
-    S *query, *out, *top, *sum, *factor;
+    S* query[std::size_t(kBranches)];
+    S *out, *top, *sum, *factor;
   };
 
   // Rows of a query tile or of a panel, whichever are more (without vectors a panel is).
   Index pack_scalars() const { return std::max(kNQ, kMR) * std::max(n_.key_dim, n_.value_dim); }
   std::size_t scratch_bytes() const {
     return static_cast<std::size_t>(tiles_) *
-               (padded_bytes<S>(n_.key_dim * kNQ) + padded_bytes<S>(value_rows_ * kNQ) +
+               (kBranches * padded_bytes<S>(n_.key_dim * kNQ) + padded_bytes<S>(value_rows_ * kNQ) +
                 3 * padded_bytes<S>(kNQ)) +
            2 * padded_bytes<S>(block_ * kNQ) + padded_bytes<S>(pack_scalars()) +
            padded_bytes<S>(kNQ);
   }
 
-  /// Panels of one kv head and chunk: keys [chunk / MR][d][MR], then for every block values [e / MR][keys of the block][MR].
+  /// Panels of one kv head and chunk: keys [branch][chunk / MR][d][MR], then for every block values [e / MR][keys of the block][MR].
   void pack(Index kv, Index first, Index block, Index count, S* packed, S* scratch) const {
     const Index at = block * block_, keys = std::min(block_, count - at);
     source_.template pack_keys<kMR>(kv, n_.key_dim, first + at, keys, packed + at * n_.key_dim,
                                     scratch);
-    source_.template pack_values<kMR>(kv, n_.value_dim, first + at, keys,
-                                      packed + chunk_ * n_.key_dim + at * value_rows_, keys * kMR,
-                                      scratch);
+    if constexpr (kBranches == 2) {
+      source_.template pack_far_keys<kMR>(kv, n_.key_dim, first + at, keys,
+                                          packed + (chunk_ + at) * n_.key_dim, scratch);
+    }
+    source_.template pack_values<kMR>(kv, n_.value_dim, first + at, keys, packed + values_at(at),
+                                      keys * kMR, scratch);
   }
+
+  Index values_at(Index at) const { return kBranches * chunk_ * n_.key_dim + at * value_rows_; }
 
   void attend(Index h, Index row_begin, Index first, Index count, const S* packed,
               Arena arena) const {
@@ -187,7 +195,7 @@ class ForwardTiles {
       t.end = range.end >= n_.keys + shape_.key_offset
                   ? first + count
                   : std::clamp<Index>(range.end - shape_.key_offset, first, first + count);
-      t.query = arena.take<S>(n_.key_dim * kNQ);
+      for (S*& query : t.query) query = arena.take<S>(n_.key_dim * kNQ);
       t.out = arena.take<S>(value_rows_ * kNQ);
       t.top = arena.take<S>(kNQ);
       t.sum = arena.take<S>(kNQ);
@@ -197,7 +205,7 @@ class ForwardTiles {
     for (Index at = 0; at < count; at += block_) {
       const Index keys = std::min(block_, count - at);
       const S* const k_panels = packed + at * n_.key_dim;
-      const S* const v_panels = packed + chunk_ * n_.key_dim + at * value_rows_;
+      const S* const v_panels = packed + values_at(at);
       for (Index x = 0; x < tiles; ++x) {
         const Index begin = std::max(tile[x].begin, first + at),
                     end = std::min(tile[x].end, first + at + keys);
@@ -224,7 +232,11 @@ class ForwardTiles {
     }
     if (t.begin < t.end) {
       pack_query_tile<S>(t.count, n_.key_dim, query_ + t.row0 * query_stride_ + h * n_.key_dim,
-                         query_stride_, kNQ, t.factor, t.query, scratch);
+                         query_stride_, kNQ, t.factor, t.query[0], scratch);
+      if constexpr (kBranches == 2) {
+        pack_query_tile<S>(t.count, n_.key_dim, rule_.position.query_row(t.row0, h * n_.key_dim),
+                           rule_.position.query_stride, kNQ, t.factor, t.query[1], scratch);
+      }
     }
   }
 
@@ -237,14 +249,12 @@ class ForwardTiles {
     if (tile_class == TileClass::empty) return;
     const Index a = begin - base, b = end - base;  // rows of the tile
     const Index g0 = a / kMR, g1 = (b + kMR - 1) / kMR;
-    S* const tile_base = scores + g0 * kMR * kNQ;
-    const S* const panels = k_panels + g0 * kMR * n_.key_dim;
     const bool plain_tile = !natural_ && tensors_.mask == nullptr && tile_class == TileClass::full;
     std::fill_n(block_top, kNQ, kNone);
     if (plain_tile && a % kMR == 0 && b % kMR == 0) {
-      tile_scores<S, kMR, kNV, true>(g1 - g0, n_.key_dim, panels, t.query, tile_base, block_top);
+      multiply<true>(t, base, g0, g1, k_panels, scores, addend, block_top);
     } else {
-      tile_scores<S, kMR, kNV, false>(g1 - g0, n_.key_dim, panels, t.query, tile_base, nullptr);
+      multiply<false>(t, base, g0, g1, k_panels, scores, addend, nullptr);
       if (natural_) apply_score(t, h, begin, end, scores + a * kNQ, addend);
       if (tile_class == TileClass::partial) apply_mask(t, h, begin, end, scores + a * kNQ);
       if (tensors_.mask != nullptr) apply_bool_mask(t, begin, end, scores + a * kNQ);
@@ -263,6 +273,23 @@ class ForwardTiles {
       tile_accumulate<S, kMR, kNV, TileStart::zero>(groups, b - a, v_panels + a * kMR, keys * kMR,
                                                     scores + a * kNQ, t.out, nullptr);
       t.started = true;
+    }
+  }
+
+  /// Scores of panels [g0, g1) of the block at column `base`; `spare` has room for them once more.
+  template <bool kMax>
+  void multiply(const Tile& t, Index base, Index g0, Index g1, const S* k_panels, S* scores,
+                [[maybe_unused]] S* spare, S* top) const {
+    const Index d = n_.key_dim;
+    if constexpr (kBranches == 1) {
+      tile_scores<S, kMR, kNV, kMax>(g1 - g0, d, k_panels + g0 * kMR * d, t.query[0],
+                                     scores + g0 * kMR * kNQ, top);
+    } else {
+      const Index i0 = t.row0 + shape_.query_offset, j0 = base + shape_.key_offset,
+                  window = rule_.position.window;
+      near_far_tile<S, kMR, kNV, kMax>(near_far_split(i0, i0 + t.count, j0, kMR, g0, g1, window),
+                                       window, i0, j0, d, {k_panels, t.query[0]},
+                                       {k_panels + chunk_ * d, t.query[1]}, scores, spare, top);
     }
   }
 

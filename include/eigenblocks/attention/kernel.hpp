@@ -44,11 +44,21 @@ void attention_forward_into(const Q& query, const K& key, const V& value, O& out
   require_tensors(tensors, n);
   require_score_heads(rule.score, n.heads);
   require_shape("lse", lse.rows(), lse.cols(), n.queries, n.heads, "queries x heads");
-  const MatrixSource<T> source{key.data(), key.outerStride(), value.data(), value.outerStride()};
-  ForwardTiles<S, T, MatrixSource<T>, Rule, Tile>(
-      n, shape, rule, tensors, query.data(), query.outerStride(), source, out.data(),
-      out.outerStride(), lse.data(), lse.outerStride(), tuning)
-      .run(executor, workspace);
+  const auto run = [&]<class Source>(const Source& source) {
+    ForwardTiles<S, T, Source, Rule, Tile>(n, shape, rule, tensors, query.data(),
+                                           query.outerStride(), source, out.data(),
+                                           out.outerStride(), lse.data(), lse.outerStride(), tuning)
+        .run(executor, workspace);
+  };
+  const MatrixSource<T> near{key.data(), key.outerStride(), value.data(), value.outerStride()};
+  if constexpr (branches<Rule> == 1) {
+    static_assert(takes_as_given<Rule>, EIGENBLOCKS_POSITION_MESSAGE);
+    run(near);
+  } else {
+    const MatrixSource<T> far{rule.position.key, rule.position.key_stride, value.data(),
+                              value.outerStride()};
+    run(NearFarSource<MatrixSource<T>, MatrixSource<T>>{near, far});
+  }
 }
 
 }  // namespace detail

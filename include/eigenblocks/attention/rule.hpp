@@ -92,6 +92,17 @@ struct AttentionSaved {
 
 namespace detail {
 
+/// Whether a rule uses queries and keys as they are.
+template <class Rule>
+inline constexpr bool takes_as_given = [] {
+  if constexpr (requires(const Rule& rule) { rule.position; })
+    return std::is_same_v<decltype(Rule::position), PlainPosition>;
+  return true;
+}();
+#define EIGENBLOCKS_POSITION_MESSAGE                                                          \
+  "this attention takes queries and keys as they are; a rule with a position policy belongs " \
+  "to rerope_attention_forward (attention/rerope.hpp)"
+
 /// All sizes of one call, checked.
 struct AttentionSizes {
   Index queries, keys, heads, kv_heads, group, key_dim, value_dim;
