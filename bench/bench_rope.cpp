@@ -3,10 +3,13 @@
 //   rope/float/half/T:512/H:8/d:64             in place, what a layer does
 //   rope_out/... rope_back/...                 out of place; backward, in place
 //   rope_positions/float/half/KIND/...         in place, positions beyond the table and as lists
+//   rope_nd/float/LAYOUT/AXES/...              in place, three axes: the patches of an image behind a text
+//   rope_nd/float/half/cyclic/text/...         the same, all coordinates equal
 //
 // bytes_per_second counts every channel once read and once written.  limit: reading and writing back the same bytes
 // without arithmetic (rope_out: copying them).  1 means that the rotation is free.
 #include <eigenblocks/position/rope.hpp>
+#include <eigenblocks/position/rope_nd.hpp>
 
 #include "harness.hpp"
 
@@ -69,6 +72,50 @@ void rotate_at(const std::string& kind, Shape shape) {
       ->Unit(benchmark::kMicrosecond);
 }
 
+/// The allocations of rope_nd.hpp, over three axes.
+struct NamedAxes {
+  const char* name;
+  eb::RopeLayout layout;
+  eb::RotaryAxes axes;
+};
+
+std::vector<NamedAxes> all_axes(Index dim) {
+  const eb::RotaryFrequencies whole = eb::rope_frequencies(dim),
+                              part = eb::rope_frequencies(dim / 3);
+  const Index pairs = dim / 2, third = pairs / 3;
+  return {{"half/axial", eb::RopeLayout::half, eb::axial_axes(part, 3)},
+          {"half_per_axis/axial", eb::RopeLayout::half_per_axis, eb::axial_axes(part, 3)},
+          {"half/alternating", eb::RopeLayout::half, eb::alternating_axes(part, 3)},
+          {"half/cyclic", eb::RopeLayout::half, eb::cyclic_axes(whole, 3)},
+          {"interleaved/cyclic", eb::RopeLayout::interleaved, eb::cyclic_axes(whole, 3)},
+          {"half/section", eb::RopeLayout::half,
+           eb::section_axes(whole, {pairs - 2 * third, third, third})},
+          {"half/interleaved_section", eb::RopeLayout::half,
+           eb::interleaved_section_axes(whole, {pairs - 2 * third, third, third})}};
+}
+
+/// Heads of 96 channels, which three axes share evenly.
+void rotate_nd(const NamedAxes& kind, bool text, Shape shape) {
+  benchmark::RegisterBenchmark(
+      ("rope_nd/float/" + std::string(kind.name) + (text ? "/text" : "") + shape.suffix()).c_str(),
+      [=](benchmark::State& state) {
+        const eb::RotaryNdTable<float> table(kind.axes, kind.layout);
+        eb::Matrix<float> x = bench::random_matrix<float>(shape.rows, shape.heads * shape.dim, 1);
+        constexpr Index kFirst = 1000, kWidth = 32;
+        eb::Matrix<Index> at(shape.rows, 3);
+        for (Index i = 0; i < shape.rows; ++i) {
+          at.row(i) << kFirst, kFirst + i / kWidth, kFirst + i % kWidth;
+          if (text) at.row(i).setConstant(kFirst + i);
+        }
+        const double bytes = 2.0 * static_cast<double>(x.size()) * sizeof(float);
+        bench::measure(state, {.bytes = bytes, .limit = bench::in_place_limit(bytes)}, [&] {
+          eb::rope_in_place(x, at, table, {.heads = shape.heads});
+          bench::touch(x.data());
+        });
+      })
+      ->Unit(benchmark::kMicrosecond);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -85,5 +132,7 @@ int main(int argc, char** argv) {
   rotate<Eigen::half>("rope", Form::in_place, model);
   rotate<Eigen::bfloat16>("rope", Form::in_place, model);
   for (const char* kind : {"beyond", "integers", "reals"}) rotate_at(kind, model);
+  for (const NamedAxes& kind : all_axes(96)) rotate_nd(kind, false, {512, 8, 96});
+  rotate_nd(all_axes(96)[3], true, {512, 8, 96});
   return bench::run(argc, argv);
 }

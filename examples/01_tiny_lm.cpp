@@ -10,15 +10,14 @@
 // evenly over the held-out blocks.
 #include "support/arguments.hpp"
 #include "support/llama.hpp"
+#include "support/progress.hpp"
 #include "support/text.hpp"
 #include "support/trainer.hpp"
 
 #include <eigenblocks/core/thread_pool.hpp>
 #include <eigenblocks/nn/sampling.hpp>
 
-#include <chrono>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <string>
 #include <thread>
@@ -26,33 +25,6 @@
 namespace {
 
 using namespace example;
-
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-void train(Trainer<float>& trainer, const Corpus& corpus, Index stop, ExecutorRef executor) {
-  const TrainingPlan& plan = trainer.plan();
-  const double start = seconds();
-  const Index first = trainer.step();
-  double shown = start, running = 0;
-  while (trainer.step() < stop) {
-    const Index step = trainer.step();
-    const Batch batch = training_batch(corpus, static_cast<std::uint64_t>(plan.seed), step,
-                                       plan.batch, plan.length);
-    const double loss = trainer.train(batch.ids, batch.targets, executor);
-    running = step == first ? loss : 0.95 * running + 0.05 * loss;
-    if (seconds() - shown > 2.0 || trainer.step() == stop) {
-      shown = seconds();
-      const double per_step = (shown - start) / static_cast<double>(trainer.step() - first);
-      std::printf("step %5lld/%lld  loss %.3f  %.0f tokens/s  %.0f s left\n",
-                  static_cast<long long>(trainer.step()), static_cast<long long>(plan.steps),
-                  running, static_cast<double>(plan.batch * plan.length) / per_step,
-                  per_step * static_cast<double>(stop - trainer.step()));
-      std::fflush(stdout);
-    }
-  }
-}
 
 double validation_loss(const Llama<float>& model, const LlamaWeights<float>& weights,
                        const Corpus& corpus, Index length) {
@@ -158,11 +130,4 @@ int run(int argc, char** argv) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "01_tiny_lm: %s\n", error.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return example::run_program("01_tiny_lm", run, argc, argv); }

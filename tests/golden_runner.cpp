@@ -25,9 +25,6 @@ std::map<std::string, int, std::less<>> later_ops() {
     int issue;
     const char* ops;
   } kLater[] = {
-      {5,
-       "rope_apply_nd mrope_positions rope_tie_positions relative_bias xpos_apply"},
-      {5, "normalized_attention attention_scale softmax_gradient_mass kerple_bias hwfa_window"},
       {6, "mla tvq_attention tvq_codebook_ema gated_linear_attention kv_cache_size ring_attention"},
       {7,
        "hippo_matrix hippo_reconstruct discretize legs_structured legs_online lti_scan scan_diag "
@@ -58,10 +55,12 @@ std::map<std::string, int, std::less<>> later_ops() {
 golden::Registry all_ops() {
   golden::Registry registry;
   register_attention(registry);
+  register_attention_rules(registry);
   register_mha(registry);
   register_nn(registry);
   register_llama(registry);
   register_rope(registry);
+  register_rope_nd(registry);
   register_rerope(registry);
   register_rope_frequencies(registry);
   register_optim_structured(registry);

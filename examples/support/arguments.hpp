@@ -1,7 +1,9 @@
-// Command-line options `--name value` of the examples.
+// Command-line options `--name value` of the examples, and what their main does.
 #pragma once
 
 #include <charconv>
+#include <cstdio>
+#include <exception>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -61,5 +63,15 @@ class Arguments {
   std::map<std::string, std::string, std::less<>> values_;
   std::map<std::string, bool, std::less<>> given_;
 };
+
+/// The exit code of run(argc, argv); an exception becomes one line and 1.
+inline int run_program(const char* name, int (*run)(int, char**), int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s: %s\n", name, error.what());
+    return 1;
+  }
+}
 
 }  // namespace example

@@ -76,17 +76,21 @@ inline bool is_hidden_matrix(const std::string& name) {
   return name.find(".W") != std::string::npos;
 }
 
-template <class S>
+/// Attention is eb::Mha, or a class of one's own with mha_forward (and mha_backward to train, mha_state and mha_step to decode).
+template <class S, class Attention = eb::Mha<S>>
 class Llama {
  public:
   explicit Llama(const LlamaConfig& config)
-      : config_(config),
-        attention_({.heads = config.heads,
-                    .kv_heads = config.kv_heads,
-                    .head_dim = config.width / config.heads,
-                    .rope_base = config.rope_base,
-                    .rope_layout = config.rope_layout,
-                    .window_left = config.window_left}) {}
+      : Llama(config, std::vector<Attention>(static_cast<std::size_t>(config.layers),
+                                             Attention({.heads = config.heads,
+                                                        .kv_heads = config.kv_heads,
+                                                        .head_dim = config.width / config.heads,
+                                                        .rope_base = config.rope_base,
+                                                        .rope_layout = config.rope_layout,
+                                                        .window_left = config.window_left}))) {}
+  /// With the attention of each layer; rope_base, rope_layout and window_left of config are then theirs to say.
+  Llama(const LlamaConfig& config, std::vector<Attention> attention)
+      : config_(config), attention_(std::move(attention)) {}
 
   const LlamaConfig& config() const { return config_; }
 
@@ -170,8 +174,8 @@ class Llama {
       saved.rstd2.resize(rows);
       saved.x_in = s.x;
       eb::rms_norm_forward(s.x, layer.norm1, saved.y1, saved.rstd1, norm);
-      eb::mha_forward(attention_, layer.attention, saved.y1, s.branch, saved.attention,
-                      {.cu_seqlens = cu_seqlens});
+      mha_forward(attention_[i], layer.attention, saved.y1, s.branch, saved.attention,
+                  {.cu_seqlens = cu_seqlens});
       s.x += s.branch;
       saved.x_mid = s.x;
       eb::rms_norm_forward(s.x, layer.norm2, saved.y2, saved.rstd2, norm);
@@ -218,8 +222,8 @@ class Llama {
       eb::rms_norm_backward(saved.x_mid, layer.norm2, saved.rstd2, s.dnormed, s.dbranch,
                             dlayer.norm2, norm);
       s.dx += s.dbranch;
-      eb::mha_backward(attention_, layer.attention, saved.attention, saved.y1, s.dx, s.dnormed,
-                       dlayer.attention, {.cu_seqlens = cu_seqlens});
+      mha_backward(attention_[i], layer.attention, saved.attention, saved.y1, s.dx, s.dnormed,
+                   dlayer.attention, {.cu_seqlens = cu_seqlens});
       eb::rms_norm_backward(saved.x_in, layer.norm1, saved.rstd1, s.dnormed, s.dbranch,
                             dlayer.norm1, norm);
       s.dx += s.dbranch;
@@ -267,8 +271,8 @@ class Llama {
   };
   State state(Index capacity) const {
     State s;
-    for (Index i = 0; i < config_.layers; ++i)
-      s.layers.push_back(eb::mha_state(attention_, capacity));
+    for (const Attention& attention : attention_)
+      s.layers.push_back(mha_state(attention, capacity));
     return s;
   }
 
@@ -285,7 +289,7 @@ class Llama {
     for (std::size_t i = 0; i < w.layers.size(); ++i) {
       const LlamaLayer<S>& layer = w.layers[i];
       eb::rms_norm_forward(s.x, layer.norm1, s.y, norm);
-      eb::mha_step(attention_, layer.attention, s.layers[i], s.y, s.branch);
+      mha_step(attention_[i], layer.attention, s.layers[i], s.y, s.branch);
       s.x += s.branch;
       eb::rms_norm_forward(s.x, layer.norm2, s.y, norm);
       eb::glu_ffn_forward(s.y, layer.w_gate, layer.w_up, layer.w_down, s.branch, s.glu,
@@ -315,7 +319,7 @@ class Llama {
   }
 
   LlamaConfig config_;
-  eb::Mha<S> attention_;
+  std::vector<Attention> attention_;
 };
 
 }  // namespace example

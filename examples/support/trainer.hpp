@@ -20,10 +20,10 @@ struct TrainingPlan {
   double muon_lr = 0.02, adamw_lr = 2e-3;
 };
 
-template <class S>
+template <class S, class Attention = eb::Mha<S>>
 class Trainer {
  public:
-  Trainer(const Llama<S>& model, const TrainingPlan& plan) : model_(model), plan_(plan) {
+  Trainer(const Llama<S, Attention>& model, const TrainingPlan& plan) : model_(model), plan_(plan) {
     weights_ = model.initial_weights(static_cast<std::uint64_t>(plan.seed));
   }
 
@@ -154,10 +154,10 @@ class Trainer {
     to = Eigen::Map<const M>(from.data(), to.rows(), to.cols());
   }
 
-  const Llama<S>& model_;
+  const Llama<S, Attention>& model_;
   TrainingPlan plan_;
   LlamaWeights<S> weights_, gradients_;
-  typename Llama<S>::Slices slices_;
+  typename Llama<S, Attention>::Slices slices_;
   std::map<std::string, eb::MuonState<S>> muon_;
   std::map<std::string, eb::AdamWState<S>> adamw_;
   Index step_ = 0;

@@ -5,10 +5,13 @@
 #pragma once
 
 #include <eigenblocks/attention/backward_tiles.hpp>
+#include <eigenblocks/attention/bias.hpp>
 #include <eigenblocks/attention/cache.hpp>
 #include <eigenblocks/attention/decode.hpp>
 #include <eigenblocks/attention/forward_tiles.hpp>
+#include <eigenblocks/attention/hwfa.hpp>
 #include <eigenblocks/attention/kernel.hpp>
+#include <eigenblocks/attention/key_norm.hpp>
 #include <eigenblocks/attention/mask.hpp>
 #include <eigenblocks/attention/mha.hpp>
 #include <eigenblocks/attention/near_far.hpp>
@@ -17,6 +20,7 @@
 #include <eigenblocks/attention/rerope.hpp>
 #include <eigenblocks/attention/rerope_cache.hpp>
 #include <eigenblocks/attention/rule.hpp>
+#include <eigenblocks/attention/scale.hpp>
 #include <eigenblocks/attention/score.hpp>
 #include <eigenblocks/attention/tile.hpp>
 #include <eigenblocks/attention/varlen.hpp>
@@ -55,7 +59,10 @@
 #include <eigenblocks/position/frequencies.hpp>
 #include <eigenblocks/position/frequency_scaling.hpp>
 #include <eigenblocks/position/logn.hpp>
+#include <eigenblocks/position/positions.hpp>
 #include <eigenblocks/position/rerope.hpp>
 #include <eigenblocks/position/rope.hpp>
+#include <eigenblocks/position/rope_nd.hpp>
+#include <eigenblocks/position/xpos.hpp>
 
 #include <eigenblocks/version.hpp>

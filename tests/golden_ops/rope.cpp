@@ -66,8 +66,8 @@ void rope_apply(C& c) {
     turn(out, positions, converted, options, serial);
     return rope_convert_layout(out, other(layout), layout, rotary_dim, options);
   };
-  y = there_and_back(x, rope_in_place<Matrix<S>&>);
-  dx = there_and_back(dy, rope_backward_in_place<Matrix<S>&>);
+  y = there_and_back(x, [](auto&&... all) { rope_in_place(all...); });
+  dx = there_and_back(dy, [](auto&&... all) { rope_backward_in_place(all...); });
   expect();
 }
 

@@ -424,10 +424,12 @@ class Registry {
 }  // namespace golden
 
 void register_attention(golden::Registry& registry);         // golden_ops/attention.cpp
+void register_attention_rules(golden::Registry& registry);   // golden_ops/attention_rules.cpp
 void register_mha(golden::Registry& registry);               // golden_ops/mha.cpp
 void register_llama(golden::Registry& registry);             // golden_ops/llama.cpp
 void register_nn(golden::Registry& registry);                // golden_ops/nn.cpp
 void register_rope(golden::Registry& registry);              // golden_ops/rope.cpp
+void register_rope_nd(golden::Registry& registry);           // golden_ops/rope_nd.cpp
 void register_rerope(golden::Registry& registry);            // golden_ops/rerope.cpp
 void register_rope_frequencies(golden::Registry& registry);  // golden_ops/rope_frequencies.cpp
 void register_optim_structured(golden::Registry& registry);  // golden_ops/optim_structured.cpp

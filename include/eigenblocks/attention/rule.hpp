@@ -109,10 +109,13 @@ struct AttentionSizes {
   double scale;
 };
 
+/// A score functor with a member `slopes` has one per query head; `slopes_name` is what the message calls them.
 template <class F>
 void require_score_heads(const F& score, Index heads) {
   if constexpr (requires { score.slopes.size(); }) {
-    require_size("alibi slopes", score.slopes.size(), heads, "one per query head");
+    const char* name = "slopes of the score";
+    if constexpr (requires { F::slopes_name; }) name = F::slopes_name;
+    require_size(name, score.slopes.size(), heads, "one per query head");
   } else if constexpr (requires {
                          score.f;
                          score.g;

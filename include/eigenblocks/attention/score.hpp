@@ -170,6 +170,7 @@ enum class AlibiDistance { absolute, past };
 template <RealScalar S>
 struct AlibiScore {
   static constexpr bool additive = true, relative = true;
+  static constexpr const char* slopes_name = "alibi slopes";
   Vector<S> slopes;  // one per query head
   AlibiDistance distance = AlibiDistance::absolute;
   S* slopes_gradient = nullptr;  // set by alibi_with_gradient

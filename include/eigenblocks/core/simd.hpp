@@ -10,6 +10,7 @@
 //   + - * / are add sub mul div;  fma(a, b, c) = a b + c
 //   max min abs select(mask, a, b) less(a, b) less_equal(a, b) mask_and mask_or mask_any
 //   exp2 exp exp_nonpositive           own polynomials, see the contracts
+//   log log1p                          likewise
 //   sum max_lane                       across the lanes
 //   keep_in_register(p)                stops g++ from folding the load of p into each use (see below)
 //   prefetch(address) prefetch_rows    what is needed soon
@@ -20,6 +21,8 @@
 //   exp2   float <= 1.5 ulp, double <= 1.5 ulp where the result is a normal number; below that 0 or a subnormal;
 //          exp2(-inf) = 0, exp2(0) = 1; NaN stays NaN.  Requires x <= 127 (float), x <= 1023 (double): kernels call it with x <= 0.
 //   exp    the same for every x; overflow gives inf.  exp_nonpositive: x <= 0 only, cheaper.
+//   log    <= 1 ulp for every x > 0, subnormals included; log(inf) = inf, log(1) = 0, log(+-0) = -inf, x < 0 and NaN give NaN.
+//   log1p  log(1 + x) for x >= 0 <= 2 ulp, log1p(x) = x for small x; inf gives inf, NaN stays NaN.
 #pragma once
 
 #include <eigenblocks/core/types.hpp>
@@ -408,6 +411,78 @@ EIGENBLOCKS_SIMD P exp(const P& x) {
   y = select(less(x, low), zero<P>(), y);
   y = select(less(high, x), set1<P>(std::numeric_limits<S>::infinity()), y);
   return select(equal(x, x), y, x);
+}
+
+namespace detail {
+
+/// m in [sqrt(1/2), sqrt(2)) and the integer k with x = m 2^k, for positive normal x; anything else gives some finite k.
+template <class P>
+EIGENBLOCKS_ALWAYS_INLINE P split_exponent(const P& x, P& k) {
+  using S = lane_t<P>;
+  using B = Bits<S>;
+  using Unsigned = std::make_unsigned_t<typename B::Int>;
+  constexpr Unsigned root = std::bit_cast<Unsigned>(S(0.70710678118654752440));
+  constexpr Unsigned to_one = std::bit_cast<Unsigned>(S(1)) - root;
+  constexpr Unsigned mantissa = (Unsigned(1) << B::kMantissa) - 1;
+  constexpr Unsigned round = std::bit_cast<Unsigned>(B::kRound);
+  // kRound holds integers in its low bits, so k + bias becomes a number without a conversion.
+  if constexpr (std::is_arithmetic_v<P>) {
+    const Unsigned u = std::bit_cast<Unsigned>(x) + to_one;
+    k = std::bit_cast<P>((u >> B::kMantissa) + round) - (B::kRound + S(B::kBias));
+    return std::bit_cast<P>((u & mantissa) + root);
+  } else {
+    typedef Unsigned IntVector __attribute__((vector_size(sizeof(P))));
+    const IntVector u = std::bit_cast<IntVector>(x) + to_one;
+    k = sub(std::bit_cast<P>((u >> B::kMantissa) + round), set1<P>(B::kRound + S(B::kBias)));
+    return std::bit_cast<P>((u & mantissa) + root);
+  }
+}
+
+}  // namespace detail
+
+/// log x; see the contract at the top.  x = 2^k (1 + f), s = f / (2 + f):
+///   log(1 + f) = 2 atanh s = f - (f^2/2 - s (f^2/2 + r)),  r = 2 (s^2/3 + s^4/5 + ...), minimax: 1.7e-11 (float), 4.6e-18 (double).
+EIGENBLOCKS_SIMD P log(const P& x) {
+  using S = lane_t<P>;
+  using B = detail::Bits<S>;
+  using Limits = std::numeric_limits<S>;
+  constexpr bool single = std::is_same_v<S, float>;
+  constexpr S high = single ? S(0.693359375) : S(0.693147180369123816490);
+  constexpr S low = single ? S(-2.12194440054690583e-4) : S(1.90821492927058770002e-10);
+  const P one = set1<P>(S(1));
+  const P subnormal = less(x, set1<P>(Limits::min()));
+  const P lift = set1<P>(S(typename B::Int(1) << B::kMantissa));  // makes subnormals normal
+  P k;
+  const P f = sub(detail::split_exponent(select(subnormal, mul(x, lift), x), k), one);
+  k = sub(k, select(subnormal, set1<P>(S(B::kMantissa)), zero<P>()));
+  const P s = div(f, add(f, set1<P>(S(2))));
+  const P z = mul(s, s);
+  P tail;
+  if constexpr (single) {
+    constexpr float c[] = {0.333333332772f, 0.200000609385f, 0.142754082999f, 0.116652909692f};
+    tail = horner(c, z);
+  } else {
+    constexpr double c[] = {0.33333333333333348442, 0.19999999999949721617,  0.14285714313001634371,
+                            0.11111105565129938515, 0.090914447278374739193, 0.07665855309105385784,
+                            0.073082927124443109947};
+    tail = horner(c, z);
+  }
+  const P r = add(mul(z, tail), mul(z, tail));
+  const P half_square = mul(mul(f, set1<P>(S(0.5))), f);
+  const P small = fma(s, add(half_square, r), mul(k, set1<P>(low)));
+  const P y = fma(k, set1<P>(high), sub(f, sub(half_square, small)));
+  const P edge =
+      select(equal(x, zero<P>()), set1<P>(-Limits::infinity()), set1<P>(Limits::quiet_NaN()));
+  const P infinity = set1<P>(Limits::infinity());
+  return select(less(zero<P>(), x), select(equal(x, infinity), x, y), edge);
+}
+
+/// log(1 + x) for x >= 0, also where 1 + x rounds to 1: log(u) + (x - (u - 1)) / u with u = 1 + x rounded.
+EIGENBLOCKS_SIMD P log1p(const P& x) {
+  const P one = set1<P>(lane_t<P>(1));
+  const P u = add(one, x);
+  const P lost = select(equal(u, x), zero<P>(), sub(x, sub(u, one)));  // (u = x: huge or inf)
+  return add(log(u), div(lost, u));
 }
 
 #undef EIGENBLOCKS_SIMD

@@ -1,4 +1,4 @@
-// The packet layer: every function lane by lane against plain scalars, and the contracts of exp2 and exp.
+// The packet layer: every function lane by lane against plain scalars, and the contracts of exp2, exp and log.
 #include <eigenblocks/core/simd.hpp>
 
 #include "support/ulps.hpp"
@@ -131,6 +131,8 @@ S value_of(F f, S x) {
 
 constexpr auto exp2_of = [](const auto& x) { return simd::exp2(x); };
 constexpr auto exp_of = [](const auto& x) { return simd::exp(x); };
+constexpr auto log_of = [](const auto& x) { return simd::log(x); };
+constexpr auto log1p_of = [](const auto& x) { return simd::log1p(x); };
 constexpr auto exp_nonpositive_of = [](const auto& x) { return simd::exp_nonpositive(x); };
 
 }  // namespace
@@ -287,4 +289,82 @@ TEST_CASE_TEMPLATE("edge values of the exponentials", S, float, double) {
   }
   CHECK(value_of<S>(exp_of, kInf<S>) == kInf<S>);
   CHECK(value_of<S>(exp_of, std::numeric_limits<S>::max()) == kInf<S>);
+}
+
+namespace {
+
+/// Largest error of f over `in`, in ulps of the oracle, packets and scalars; any sign, subnormal arguments included.
+template <class S, class F>
+double worst_signed_ulps(std::vector<S> in, F f, ulps::Real (*oracle)(ulps::Real)) {
+  constexpr std::size_t w = std::size_t(simd::kLanes<S>);
+  in.resize((in.size() + w - 1) / w * w, S(1));
+  ulps::Real worst = 0;
+  for (std::size_t i = 0; i < in.size(); i += w) {
+    const auto packet = lanes(f(simd::load<simd::Packet<S>>(&in[i])));
+    for (std::size_t x = 0; x < w; ++x) {
+      const ulps::Real want = oracle(ulps::real(in[i + x])), unit = ulps::ulp<S>(want);
+      for (const S got : {packet[x], f(in[i + x])}) {
+        const ulps::Real error = std::abs(ulps::real(got) - want) / unit;
+        if (!(error <= worst)) worst = error;  // NaN stays
+      }
+    }
+  }
+  return static_cast<double>(worst);
+}
+
+/// Positive numbers: all exponents, subnormals, the neighbourhoods of 1 and of the ends of the reduced interval.
+template <class S>
+std::vector<S> logarithm_arguments() {
+  std::vector<S> in;
+  for (const S x : ulps::walk<S>()) {
+    if (x > 0) in.push_back(x);
+  }
+  for (int k = -3; k <= 3; ++k) {
+    for (const double centre : {1.0, 0.70710678118654752440}) {
+      S up = std::ldexp(static_cast<S>(centre), k), down = up;
+      for (int step = 0; step < 2000; ++step) {
+        in.push_back(up), in.push_back(down);
+        up = std::nextafter(up, S(100)), down = std::nextafter(down, S(0));
+      }
+    }
+  }
+  for (int k = 1; k < 4000; ++k) in.push_back(S(1) + static_cast<S>(k - 2000) / S(2500));
+  for (int k = std::numeric_limits<S>::min_exponent - std::numeric_limits<S>::digits;
+       k < std::numeric_limits<S>::max_exponent; ++k) {
+    in.push_back(std::ldexp(S(1), k)), in.push_back(std::ldexp(S(1.37), k));
+  }
+  in.push_back(std::numeric_limits<S>::denorm_min());
+  in.push_back(std::numeric_limits<S>::max());
+  return in;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("log is within 1 ulp of every positive number, log1p within 2", S, float,
+                   double) {
+  std::vector<S> in = logarithm_arguments<S>();
+  REQUIRE(in.size() > 50'000);
+  CHECK(worst_signed_ulps<S>(in, log_of, [](ulps::Real x) { return std::log(x); }) <= 1.0);
+  CHECK(worst_signed_ulps<S>(in, log1p_of, [](ulps::Real x) { return std::log1p(x); }) <= 2.0);
+}
+
+TEST_CASE_TEMPLATE("edge values of the logarithms", S, float, double) {
+  using Limits = std::numeric_limits<S>;
+  const auto log = [](S x) { return value_of<S>(log_of, x); };
+  const auto log1p = [](S x) { return value_of<S>(log1p_of, x); };
+  CHECK(log(S(1)) == S(0));
+  CHECK(log(S(0)) == -kInf<S>);
+  CHECK(log(S(-0.0)) == -kInf<S>);
+  CHECK(log(kInf<S>) == kInf<S>);
+  for (const S x : {-kInf<S>, S(-1), -Limits::min(), -Limits::denorm_min(), Limits::lowest(),
+                    kNaN<S>, -kNaN<S>})
+    CHECK(std::isnan(log(x)));
+  CHECK(log(Limits::denorm_min()) ==
+        doctest::Approx(std::log(2.0) * (Limits::min_exponent - Limits::digits)).epsilon(1e-6));
+  CHECK(log1p(S(0)) == S(0));
+  CHECK(log1p(kInf<S>) == kInf<S>);
+  CHECK(std::isnan(log1p(kNaN<S>)));
+  for (const S x : {Limits::denorm_min(), Limits::min(), Limits::epsilon() / 8})
+    CHECK(log1p(x) == x);  // where 1 + x is 1
+  CHECK(log1p(Limits::max()) == log(Limits::max()));
 }
