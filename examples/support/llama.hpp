@@ -82,12 +82,7 @@ class Llama {
  public:
   explicit Llama(const LlamaConfig& config)
       : Llama(config, std::vector<Attention>(static_cast<std::size_t>(config.layers),
-                                             Attention({.heads = config.heads,
-                                                        .kv_heads = config.kv_heads,
-                                                        .head_dim = config.width / config.heads,
-                                                        .rope_base = config.rope_base,
-                                                        .rope_layout = config.rope_layout,
-                                                        .window_left = config.window_left}))) {}
+                                             Attention(mha_options(config)))) {}
   /// With the attention of each layer; rope_base, rope_layout and window_left of config are then theirs to say.
   Llama(const LlamaConfig& config, std::vector<Attention> attention)
       : config_(config), attention_(std::move(attention)) {}
@@ -301,6 +296,17 @@ class Llama {
   }
 
  private:
+  static eb::MhaOptions mha_options(const LlamaConfig& config) {
+    eb::MhaOptions options;
+    options.heads = config.heads;
+    options.kv_heads = config.kv_heads;
+    options.head_dim = config.width / config.heads;
+    options.rope_base = config.rope_base;
+    options.rope_layout = config.rope_layout;
+    options.window_left = config.window_left;
+    return options;
+  }
+
   void output(const LlamaWeights<S>& w, const Matrix<S>& y, Matrix<S>& logits) const {
     if (config_.tied) {
       eb::linear_backward_input(y, w.embedding, logits);  // y E^T

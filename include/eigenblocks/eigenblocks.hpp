@@ -19,6 +19,7 @@
 #include <eigenblocks/attention/reference.hpp>
 #include <eigenblocks/attention/rerope.hpp>
 #include <eigenblocks/attention/rerope_cache.hpp>
+#include <eigenblocks/attention/ring.hpp>
 #include <eigenblocks/attention/rule.hpp>
 #include <eigenblocks/attention/scale.hpp>
 #include <eigenblocks/attention/score.hpp>

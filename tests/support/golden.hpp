@@ -165,7 +165,7 @@ class Record {
   void expect_integers(std::string_view name, const std::vector<Index>& got, Tie&& tie) {
     const Tensor* want = expected(name, got.size());
     if (!want) return;
-    if (!want->integer) return fail(std::string(name) + " is not an integer tensor in the file");
+    if (!want->integer) return fail(std::string(name).append(" is not an integer tensor in the file"));
     std::size_t off = 0, first = 0;
     for (std::size_t i = 0; i < got.size(); ++i) {
       if (got[i] == want->integers[i] || tie(static_cast<Index>(i))) continue;
@@ -428,6 +428,7 @@ void register_attention_rules(golden::Registry& registry);   // golden_ops/atten
 void register_mha(golden::Registry& registry);               // golden_ops/mha.cpp
 void register_llama(golden::Registry& registry);             // golden_ops/llama.cpp
 void register_nn(golden::Registry& registry);                // golden_ops/nn.cpp
+void register_ring(golden::Registry& registry);              // golden_ops/ring.cpp
 void register_rope(golden::Registry& registry);              // golden_ops/rope.cpp
 void register_rope_nd(golden::Registry& registry);           // golden_ops/rope_nd.cpp
 void register_rerope(golden::Registry& registry);            // golden_ops/rerope.cpp

@@ -218,6 +218,7 @@ struct RotaryExtras {
 ///
 /// A row has R scalars, arranged like the channels it turns: cos | sin for `half`, cos, sin, cos,
 /// sin, ... for `interleaved`.  Immutable after construction: threads share it.
+/// (extras is for rope_nd.hpp and xpos.hpp, which build tables from this one.)
 /// Errors: an unknown layout; R above 2048; positions < 0; inv_freq empty or not finite;
 /// attention_factor not positive.
 template <RealScalar S>
