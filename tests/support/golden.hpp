@@ -165,7 +165,8 @@ class Record {
   void expect_integers(std::string_view name, const std::vector<Index>& got, Tie&& tie) {
     const Tensor* want = expected(name, got.size());
     if (!want) return;
-    if (!want->integer) return fail(std::string(name).append(" is not an integer tensor in the file"));
+    if (!want->integer)
+      return fail(std::string(name).append(" is not an integer tensor in the file"));
     std::size_t off = 0, first = 0;
     for (std::size_t i = 0; i < got.size(); ++i) {
       if (got[i] == want->integers[i] || tie(static_cast<Index>(i))) continue;
