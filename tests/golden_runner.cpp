@@ -25,7 +25,7 @@ std::map<std::string, int, std::less<>> later_ops() {
     int issue;
     const char* ops;
   } kLater[] = {
-      {6, "mla tvq_attention tvq_codebook_ema gated_linear_attention kv_cache_size"},
+      {6, "tvq_attention tvq_codebook_ema gated_linear_attention"},
       {7,
        "hippo_matrix hippo_reconstruct discretize legs_structured legs_online lti_scan scan_diag "
        "scan_diag_complex scan_dense rfft causal_conv nplr s4_kernel s4_ssm s4d_kernel s4d_ssm "
@@ -57,6 +57,7 @@ golden::Registry all_ops() {
   register_attention(registry);
   register_attention_rules(registry);
   register_mha(registry);
+  register_mla(registry);
   register_nn(registry);
   register_llama(registry);
   register_ring(registry);

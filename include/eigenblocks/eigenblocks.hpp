@@ -7,6 +7,7 @@
 #include <eigenblocks/attention/backward_tiles.hpp>
 #include <eigenblocks/attention/bias.hpp>
 #include <eigenblocks/attention/cache.hpp>
+#include <eigenblocks/attention/cache_size.hpp>
 #include <eigenblocks/attention/decode.hpp>
 #include <eigenblocks/attention/forward_tiles.hpp>
 #include <eigenblocks/attention/hwfa.hpp>
@@ -14,6 +15,9 @@
 #include <eigenblocks/attention/key_norm.hpp>
 #include <eigenblocks/attention/mask.hpp>
 #include <eigenblocks/attention/mha.hpp>
+#include <eigenblocks/attention/mla.hpp>
+#include <eigenblocks/attention/mla_cache.hpp>
+#include <eigenblocks/attention/mla_decode.hpp>
 #include <eigenblocks/attention/near_far.hpp>
 #include <eigenblocks/attention/partial.hpp>
 #include <eigenblocks/attention/reference.hpp>

@@ -427,6 +427,7 @@ class Registry {
 void register_attention(golden::Registry& registry);         // golden_ops/attention.cpp
 void register_attention_rules(golden::Registry& registry);   // golden_ops/attention_rules.cpp
 void register_mha(golden::Registry& registry);               // golden_ops/mha.cpp
+void register_mla(golden::Registry& registry);               // golden_ops/mla.cpp
 void register_llama(golden::Registry& registry);             // golden_ops/llama.cpp
 void register_nn(golden::Registry& registry);                // golden_ops/nn.cpp
 void register_ring(golden::Registry& registry);              // golden_ops/ring.cpp
