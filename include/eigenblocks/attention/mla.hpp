@@ -80,8 +80,7 @@ class Mla {
     // (from the argument: g++ 12 takes the optionals of the copy for uninitialised)
     const double factor =
         options.softmax_factor.value_or(frequencies != nullptr ? frequencies->softmax_factor : 1.0);
-    const double scale =
-        options.scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim())));
+    const double scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim())));
     scale_ = factor * scale;
     detail::require(std::isfinite(scale_), "scale (", scale, ") times softmax_factor (", factor,
                     ") must be finite");
