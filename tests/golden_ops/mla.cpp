@@ -1,5 +1,5 @@
 // Golden ops mla (full pass and backward; step by step, absorbed and expanded) and kv_cache_size.
-#include "support/golden.hpp"
+#include "rope_forms.hpp"
 
 #include <eigenblocks/attention/cache_size.hpp>
 #include <eigenblocks/attention/mla.hpp>
@@ -24,10 +24,7 @@ struct MlaOp {
     o.q_rank = c.param_int("q_lora_rank", 0);
     o.kv_rank = c.param_int("kv_lora_rank");
     o.rope_base = c.param_real("rope_theta", o.rope_base);
-    const std::string layout = c.param("rope_layout", "interleaved");
-    if (layout != "half" && layout != "interleaved")
-      throw std::runtime_error("unknown rope_layout " + layout);
-    o.rope_layout = layout == "half" ? eb::RopeLayout::half : eb::RopeLayout::interleaved;
+    o.rope_layout = golden::layout_named(c.param("rope_layout", "interleaved"));
     o.norm_eps = c.param_real("norm_eps", o.norm_eps);
     if (c.has_param("scale")) o.scale = c.param_real("scale");
     return o;

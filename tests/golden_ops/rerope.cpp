@@ -1,5 +1,5 @@
 // Position policies with a window: rope_relative_positions, rerope_attention, rerope_decode.
-#include "support/golden.hpp"
+#include "rope_forms.hpp"
 
 #include <eigenblocks/attention/rerope.hpp>
 #include <eigenblocks/position/logn.hpp>
@@ -62,7 +62,7 @@ struct Case {
         k(c.matrix("in.k")),
         v(c.matrix("in.v")),
         table(rope_frequencies(c.param_int("rotary_dim"), c.param_real("base", 10000.0)),
-              c.param("layout") == "half" ? RopeLayout::half : RopeLayout::interleaved),
+              golden::layout_named(c.param("layout"))),
         policy(position(c)) {
     if (c.param_int("causal", 1) != 1) throw std::runtime_error("causal must be 1");
     shape.heads = c.shape("in.q")[1];

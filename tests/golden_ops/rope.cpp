@@ -1,5 +1,5 @@
 // Rotary positions along one axis: rope_apply, rope_layout_convert, rope_cos_sin.
-#include "support/golden.hpp"
+#include "rope_forms.hpp"
 
 #include <eigenblocks/position/rope.hpp>
 
@@ -10,12 +10,6 @@ namespace {
 
 using namespace eigenblocks;
 
-RopeLayout layout_named(const std::string& name) {
-  if (name == "interleaved") return RopeLayout::interleaved;
-  if (name == "half") return RopeLayout::half;
-  throw std::runtime_error("layout " + name + " is neither interleaved nor half");
-}
-
 RopeLayout other(RopeLayout layout) {
   return layout == RopeLayout::half ? RopeLayout::interleaved : RopeLayout::half;
 }
@@ -24,7 +18,7 @@ template <class C>
 void rope_apply(C& c) {
   using S = golden::scalar_of<C>;
   const Index rotary_dim = c.param_int("rotary_dim");
-  const RopeLayout layout = layout_named(c.param("layout"));
+  const RopeLayout layout = golden::layout_named(c.param("layout"));
   RotaryFrequencies frequencies = rope_frequencies(rotary_dim, c.param_real("base", 10000.0));
   frequencies.attention_factor = c.param_real("attention_factor", 1.0);
   const RopeOptions options{.heads = c.shape("in.x").at(1)};
@@ -34,30 +28,14 @@ void rope_apply(C& c) {
   const Vector<double> positions = c.exact("in.positions");
   const RotaryTable<S> table(frequencies, layout);
 
+  golden::check_rope_forms(c, x, dy, positions, table, RotaryTable<S>(frequencies, layout, 0),
+                           options);
+
   Matrix<S> y(x.rows(), x.cols()), dx(x.rows(), x.cols());
   const auto expect = [&] {
     c.expect("out.y", y);
     if (gradient) c.expect("gin.x", dx);
   };
-  rope_forward(x, positions, table, y, options);
-  rope_backward(dy, positions, table, dx, options);
-  expect();
-
-  c.form("in place, without coarse table");
-  const RotaryTable<S> small(frequencies, layout, 0);
-  y = x;
-  dx = dy;
-  rope_in_place(y, positions, small, options);
-  rope_backward_in_place(dx, positions, small, options);
-  expect();
-
-  c.form("row by row");
-  for (Index i = 0; i < x.rows(); ++i) {
-    rope_forward(x.middleRows(i, 1), positions.segment(i, 1), table, y.middleRows(i, 1), options);
-    rope_backward(dy.middleRows(i, 1), positions.segment(i, 1), table, dx.middleRows(i, 1),
-                  options);
-  }
-  expect();
 
   c.form("through the other layout");
   const RotaryTable<S> converted(frequencies, other(layout));
@@ -77,7 +55,8 @@ void rope_layout_convert(C& c) {
   if (direction != "interleaved_to_half" && direction != "half_to_interleaved") {
     throw std::runtime_error("direction " + direction + " is unknown");
   }
-  const RopeLayout from = layout_named(direction == "interleaved_to_half" ? "interleaved" : "half");
+  const RopeLayout from =
+      golden::layout_named(direction == "interleaved_to_half" ? "interleaved" : "half");
   const Index rotary_dim = c.param_int("rotary_dim");
   const RopeOptions options{.heads = c.shape("in.x").at(1)};
   c.expect("out.y", rope_convert_layout(c.matrix("in.x"), from, other(from), rotary_dim, options));

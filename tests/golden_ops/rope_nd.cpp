@@ -1,6 +1,6 @@
 // Rotary positions along several axes, and the positions themselves: rope_apply_nd, mrope_positions,
 // rope_tie_positions, xpos_apply.
-#include "support/golden.hpp"
+#include "rope_forms.hpp"
 
 #include <eigenblocks/position/positions.hpp>
 #include <eigenblocks/position/rope_nd.hpp>
@@ -14,13 +14,6 @@
 namespace {
 
 using namespace eigenblocks;
-
-RopeLayout layout_named(const std::string& name) {
-  if (name == "interleaved") return RopeLayout::interleaved;
-  if (name == "half") return RopeLayout::half;
-  if (name == "half_per_axis") return RopeLayout::half_per_axis;
-  throw std::runtime_error("layout " + name + " is unknown");
-}
 
 std::vector<Index> integers_in(const std::string& text) {
   std::vector<Index> values;
@@ -53,7 +46,7 @@ template <class C>
 void rope_apply_nd(C& c) {
   using S = golden::scalar_of<C>;
   const RotaryAxes axes = axes_of(c);
-  const RopeLayout layout = layout_named(c.param("layout"));
+  const RopeLayout layout = golden::layout_named(c.param("layout"));
   c.has_param("sections");  // cases of other allocations may name them
   const RopeOptions options{.heads = c.shape("in.x").at(1)};
   const Matrix<S> x = c.matrix("in.x");
@@ -64,31 +57,13 @@ void rope_apply_nd(C& c) {
       Eigen::Map<const Matrix<double>>(flat.data(), x.rows(), axes.axes);
   const RotaryNdTable<S> table(axes, layout);
 
+  golden::check_rope_forms(c, x, dy, positions, table, RotaryNdTable<S>(axes, layout, 0), options);
+
   Matrix<S> y(x.rows(), x.cols()), dx(x.rows(), x.cols());
   const auto expect = [&] {
     c.expect("out.y", y);
     if (gradient) c.expect("gin.x", dx);
   };
-  rope_forward(x, positions, table, y, options);
-  rope_backward(dy, positions, table, dx, options);
-  expect();
-
-  c.form("in place, without coarse table");
-  const RotaryNdTable<S> small(axes, layout, 0);
-  y = x;
-  dx = dy;
-  rope_in_place(y, positions, small, options);
-  rope_backward_in_place(dx, positions, small, options);
-  expect();
-
-  c.form("row by row");
-  for (Index i = 0; i < x.rows(); ++i) {
-    rope_forward(x.middleRows(i, 1), positions.middleRows(i, 1), table, y.middleRows(i, 1),
-                 options);
-    rope_backward(dy.middleRows(i, 1), positions.middleRows(i, 1), table, dx.middleRows(i, 1),
-                  options);
-  }
-  expect();
 
   if (layout == RopeLayout::half_per_axis) return;
   c.form("one axis after the other");  // the tables of one axis, the other pairs at rest
@@ -164,7 +139,7 @@ void xpos_apply(C& c) {
   const XposOptions standard;
   const RotaryFrequencies f =
       rope_frequencies(c.param_int("rotary_dim"), c.param_real("base", 10000.0));
-  const RopeLayout layout = layout_named(c.param("layout"));
+  const RopeLayout layout = golden::layout_named(c.param("layout"));
   const XposOptions options{.gamma = c.param_real("gamma", standard.gamma),
                             .scale_base = c.param_real("scale_base", standard.scale_base),
                             .center = c.param_real("center", standard.center)};

@@ -105,9 +105,7 @@ class LatentRows {
              std::min(keys, (x + 1) * split), partial + x * tiles_ * part(),
              workspace.arena(worker, scratch_bytes()));
     });
-    executor.run(tiles_, [&](Index tile, int worker) {
-      merge(tile, splits, partial, workspace.arena(worker, scratch_bytes()));
-    });
+    executor.run(tiles_, [&](Index tile, int) { merge(tile, splits, partial); });
   }
 
  private:
@@ -271,7 +269,7 @@ class LatentRows {
   }
 
   /// Adds up the parts of a tile in order, in the first part, and writes its pairs.
-  void merge(Index tile, Index splits, S* partial, Arena arena) const {
+  void merge(Index tile, Index splits, S* partial) const {
     with_vectors(tile, [&]<int NV>() {
       constexpr int nq = NV * kW;
       const Index step = tiles_ * part();
@@ -297,11 +295,11 @@ class LatentRows {
           simd::store<P>(lanes + c * nq, acc);
         }
       }
-      write_pairs(tile, first, nq, arena);
+      write_pairs(tile, first, nq);
     });
   }
 
-  void write_pairs(Index tile, const S* sums, int nq, Arena) const {
+  void write_pairs(Index tile, const S* sums, int nq) const {
     const Index r = cache_.options().latent_dim;
     if (out_stride_ == heads_ * r) {
       unpack_query_tile<S, S>(count(tile), r, sums, nq, out_ + tile * kLanes * r, r, nullptr);

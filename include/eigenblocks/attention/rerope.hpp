@@ -89,6 +89,8 @@ struct RotatedOperands {
     far_key_stride_ = far_key.outerStride();
   }
 
+  RotatedOperands(const RotatedOperands&) = delete;  // far_key_ may point into far_key
+
   template <class Rule>
   auto rule(const Rule& from) const {
     using M = typename Rule::mask_type;

@@ -153,9 +153,17 @@ inline void require_ring_positions(const char* name, std::span<const Index> posi
   }
 }
 
-inline void require_local(const AttentionShape& shape) {
+/// What both steps ask of their operands beyond the kernel's own checks.
+template <class S>
+void require_ring_step(const AttentionShape& shape, Index queries, Index keys,
+                       std::span<const Index> query_positions, std::span<const Index> key_positions,
+                       const AttentionTensors<S>& tensors) {
   require(shape.query_offset == 0 && shape.key_offset == 0, "query_offset (", shape.query_offset,
           ") and key_offset (", shape.key_offset, ") must be 0: the lists say the positions");
+  require_ring_positions("query_positions", query_positions, queries);
+  require_ring_positions("key_positions", key_positions, keys);
+  require(tensors.bias == nullptr && tensors.mask == nullptr,
+          "bias and mask tensors have no place in a ring; express them in the rule");
 }
 
 }  // namespace detail
@@ -173,11 +181,8 @@ void ring_step_forward(const Q& query, const K& key, const V& value, O&& out, L&
                        bool first, AttentionTensors<scalar_t<Q>> tensors = {},
                        ExecutorRef executor = {}) {
   using S = scalar_t<Q>;
-  detail::require_local(shape);
-  detail::require_ring_positions("query_positions", query_positions, query.rows());
-  detail::require_ring_positions("key_positions", key_positions, key.rows());
-  detail::require(tensors.bias == nullptr && tensors.mask == nullptr,
-                  "bias and mask tensors have no place in a ring; express them in the rule");
+  detail::require_ring_step(shape, query.rows(), key.rows(), query_positions, key_positions,
+                            tensors);
   const detail::AttentionSizes n = detail::require_forward(query, key, value, out, shape);
   detail::require_shape("lse", lse.rows(), lse.cols(), n.queries, n.heads, "queries x heads");
   const auto placed = detail::placed_rule(rule, query_positions, key_positions);
@@ -206,11 +211,8 @@ void ring_step_backward(const L& lse, const Q& query, const K& key, const V& val
                         std::span<const Index> key_positions,
                         AttentionTensors<scalar_t<Q>> tensors = {}, ExecutorRef executor = {}) {
   using S = scalar_t<Q>;
-  detail::require_local(shape);
-  detail::require_ring_positions("query_positions", query_positions, query.rows());
-  detail::require_ring_positions("key_positions", key_positions, key.rows());
-  detail::require(tensors.bias == nullptr && tensors.mask == nullptr,
-                  "bias and mask tensors have no place in a ring; express them in the rule");
+  detail::require_ring_step(shape, query.rows(), key.rows(), query_positions, key_positions,
+                            tensors);
   detail::require_shape("dquery", dquery.rows(), dquery.cols(), query.rows(), query.cols(),
                         "shape of query");
   detail::require_shape("dkey", dkey.rows(), dkey.cols(), key.rows(), key.cols(), "shape of key");

@@ -1,3 +1,5 @@
+#include "support/layer_checks.hpp"
+
 #include <eigenblocks/attention/mha.hpp>
 #include <eigenblocks/core/gradcheck.hpp>
 #include <eigenblocks/core/random.hpp>
@@ -53,10 +55,6 @@ Matrix<double> forward(const eb::Mha<double>& layer, const eb::MhaWeights<double
   eb::MhaSaved<double> saved;
   eb::mha_forward(layer, w, x, y, saved, batch);
   return y;
-}
-
-double largest_difference(const Matrix<double>& a, const Matrix<double>& b) {
-  return a.size() == 0 ? 0.0 : (a - b).cwiseAbs().maxCoeff();
 }
 
 // Sums of at most ~100 terms of size 1: two roundings each, far below 1e-12.
@@ -225,20 +223,6 @@ TEST_CASE("mha: bytes per token") {
   const eb::Mha<float> layer({.heads = 32, .kv_heads = 8, .head_dim = 128});
   CHECK(eb::mha_state(layer).bytes_per_token() == 2 * 8 * 128 * 4);
 }
-
-namespace {
-
-template <class Error, class F>
-void check_throws(F&& f, const std::string& text) {
-  try {
-    f();
-    FAIL("nothing was thrown, expected: ", text);
-  } catch (const Error& error) {
-    CHECK(std::string(error.what()) == "eigenblocks: " + text);
-  }
-}
-
-}  // namespace
 
 TEST_CASE("mha: bad options and shapes are named") {
   using invalid = std::invalid_argument;

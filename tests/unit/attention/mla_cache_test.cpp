@@ -1,3 +1,5 @@
+#include "support/layer_checks.hpp"
+
 #include <eigenblocks/attention/cache_size.hpp>
 #include <eigenblocks/attention/mla_cache.hpp>
 #include <eigenblocks/core/random.hpp>
@@ -15,16 +17,6 @@ namespace {
 Matrix<float> some_rows(Index rows, Index cols, std::uint64_t seed) {
   eb::Random random(seed);
   return eb::normal_matrix<float>(random, rows, cols);
-}
-
-template <class Error, class F>
-void check_throws(F&& f, const std::string& text) {
-  try {
-    f();
-    FAIL("nothing was thrown, expected: ", text);
-  } catch (const Error& error) {
-    CHECK(std::string(error.what()) == "eigenblocks: " + text);
-  }
 }
 
 }  // namespace

@@ -1,3 +1,5 @@
+#include "support/layer_checks.hpp"
+
 #include <eigenblocks/attention/mla.hpp>
 #include <eigenblocks/core/gradcheck.hpp>
 #include <eigenblocks/core/random.hpp>
@@ -59,10 +61,6 @@ Matrix<double> forward(const eb::Mla<double>& layer, const eb::MlaWeights<double
   eb::MlaSaved<double> saved;
   eb::mla_forward(layer, w, x, y, saved, batch);
   return y;
-}
-
-double largest_difference(const Matrix<double>& a, const Matrix<double>& b) {
-  return a.size() == 0 ? 0.0 : (a - b).cwiseAbs().maxCoeff();
 }
 
 std::vector<eb::MlaOptions> option_grid() {
