@@ -16,9 +16,9 @@
 // Nothing here needs Google Benchmark; harness.hpp adds that.
 #pragma once
 
-#include <eigenblocks/attention/tile.hpp>  // detail::unroll
 #include <eigenblocks/core/random.hpp>
 #include <eigenblocks/core/simd.hpp>
+#include <eigenblocks/core/tile.hpp>  // detail::unroll
 
 #include <time.h>
 

@@ -25,11 +25,10 @@ std::map<std::string, int, std::less<>> later_ops() {
     int issue;
     const char* ops;
   } kLater[] = {
-      {6, "tvq_attention tvq_codebook_ema gated_linear_attention"},
       {7,
        "hippo_matrix hippo_reconstruct discretize legs_structured legs_online lti_scan scan_diag "
        "scan_diag_complex scan_dense rfft causal_conv nplr s4_kernel s4_ssm s4d_kernel s4d_ssm "
-       "s4d_init s5 rtf_kernel ss_to_tf lru lru_init selective_scan ssd gla rnn_tanh "
+       "s4d_init s5 rtf_kernel ss_to_tf lru lru_init selective_scan ssd rnn_tanh "
        "deer_rnn_tanh elk_rnn_tanh gru deer_gru"},
       {8,
        "train bnlm encode encode_bytes encode_long decode segment nfc lattice lattice_long "
@@ -58,6 +57,7 @@ golden::Registry all_ops() {
   register_attention_rules(registry);
   register_mha(registry);
   register_mla(registry);
+  register_linear(registry);
   register_nn(registry);
   register_llama(registry);
   register_ring(registry);
@@ -67,6 +67,7 @@ golden::Registry all_ops() {
   register_rope_frequencies(registry);
   register_optim_structured(registry);
   register_quantize_losses(registry);
+  register_vq(registry);
   return registry;
 }
 

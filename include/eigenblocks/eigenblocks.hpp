@@ -9,17 +9,26 @@
 #include <eigenblocks/attention/cache.hpp>
 #include <eigenblocks/attention/cache_size.hpp>
 #include <eigenblocks/attention/decode.hpp>
+#include <eigenblocks/attention/decode_rows.hpp>
 #include <eigenblocks/attention/forward_tiles.hpp>
 #include <eigenblocks/attention/hwfa.hpp>
+#include <eigenblocks/attention/hwfa_layer.hpp>
 #include <eigenblocks/attention/kernel.hpp>
 #include <eigenblocks/attention/key_norm.hpp>
+#include <eigenblocks/attention/linear.hpp>
+#include <eigenblocks/attention/linear_tiles.hpp>
 #include <eigenblocks/attention/mask.hpp>
 #include <eigenblocks/attention/mha.hpp>
+#include <eigenblocks/attention/mha_options.hpp>
+#include <eigenblocks/attention/mha_rerope.hpp>
 #include <eigenblocks/attention/mla.hpp>
 #include <eigenblocks/attention/mla_cache.hpp>
 #include <eigenblocks/attention/mla_decode.hpp>
 #include <eigenblocks/attention/near_far.hpp>
+#include <eigenblocks/attention/online_softmax.hpp>
+#include <eigenblocks/attention/paged_cache.hpp>
 #include <eigenblocks/attention/partial.hpp>
+#include <eigenblocks/attention/quantized_cache.hpp>
 #include <eigenblocks/attention/reference.hpp>
 #include <eigenblocks/attention/rerope.hpp>
 #include <eigenblocks/attention/rerope_cache.hpp>
@@ -27,8 +36,16 @@
 #include <eigenblocks/attention/rule.hpp>
 #include <eigenblocks/attention/scale.hpp>
 #include <eigenblocks/attention/score.hpp>
-#include <eigenblocks/attention/tile.hpp>
+#include <eigenblocks/attention/sink_cache.hpp>
 #include <eigenblocks/attention/varlen.hpp>
+#include <eigenblocks/attention/vq.hpp>
+#include <eigenblocks/attention/vq_attention.hpp>
+#include <eigenblocks/attention/vq_backward.hpp>
+#include <eigenblocks/attention/vq_codebook.hpp>
+#include <eigenblocks/attention/vq_encoder.hpp>
+#include <eigenblocks/attention/vq_options.hpp>
+#include <eigenblocks/attention/vq_reference.hpp>
+#include <eigenblocks/attention/vq_tiles.hpp>
 
 #include <eigenblocks/core/config.hpp>
 #include <eigenblocks/core/error.hpp>
@@ -40,6 +57,8 @@
 #include <eigenblocks/core/simd.hpp>
 #include <eigenblocks/core/softmax.hpp>
 #include <eigenblocks/core/thread_pool.hpp>
+#include <eigenblocks/core/tile.hpp>
+#include <eigenblocks/core/tile_product.hpp>
 #include <eigenblocks/core/types.hpp>
 #include <eigenblocks/core/workspace.hpp>
 

@@ -428,6 +428,7 @@ void register_attention(golden::Registry& registry);         // golden_ops/atten
 void register_attention_rules(golden::Registry& registry);   // golden_ops/attention_rules.cpp
 void register_mha(golden::Registry& registry);               // golden_ops/mha.cpp
 void register_mla(golden::Registry& registry);               // golden_ops/mla.cpp
+void register_linear(golden::Registry& registry);            // golden_ops/linear.cpp
 void register_llama(golden::Registry& registry);             // golden_ops/llama.cpp
 void register_nn(golden::Registry& registry);                // golden_ops/nn.cpp
 void register_ring(golden::Registry& registry);              // golden_ops/ring.cpp
@@ -437,3 +438,4 @@ void register_rerope(golden::Registry& registry);            // golden_ops/rerop
 void register_rope_frequencies(golden::Registry& registry);  // golden_ops/rope_frequencies.cpp
 void register_optim_structured(golden::Registry& registry);  // golden_ops/optim_structured.cpp
 void register_quantize_losses(golden::Registry& registry);   // golden_ops/quantize_losses.cpp
+void register_vq(golden::Registry& registry);                // golden_ops/vq.cpp

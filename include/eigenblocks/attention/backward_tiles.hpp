@@ -1,5 +1,5 @@
 // The tiled backward pass (arXiv 2205.14135, 2307.08691): probabilities are recomputed from the saved log-sum-exp.
-// Internal to attention/; the public function is in kernel.hpp, the formulas in reference.hpp, the loops in tile.hpp.
+// Internal to attention/; the public function is in kernel.hpp, the formulas in reference.hpp, the loops in core/tile.hpp.
 //
 // For a key/value head: pack K and V as score panels and K as accumulation panels.  For each of its query heads: transpose Q
 // and dout into query tiles, copy their rows (rho_i q_i, dout_i) padded.  Then for every key block and group of query tiles

@@ -3,19 +3,24 @@
 //   attention_step(cache, q, k, v, out, shape, rule)       append k, v, then attend; any number of rows
 //   attention_over_cache(cache, q, out, shape, rule)       attend only: the last q.rows() positions of the cache ask
 //
+// cache: KvCache (cache.hpp) or QuantizedKvCache (quantized_cache.hpp).  q and out share a scalar, k and v may have others; all
+// compute in the same as the cache, so float rows go over KvCache<bfloat16>.
+//
 // Query row t sits at position size - rows + t (aligned at the bottom right), and the default rule is causal().  Rows fed in
-// any chunking give the rows of the full causal pass, up to rounding.  A ring cache adds window_left(window) to the rule.
-// Nothing is allocated once cache and scratch have their size.
+// any chunking give the rows of the full causal pass, up to rounding.  A ring cache adds window_left(window) to the rule, and
+// with sinks  prefix(sinks) | window_left(window).  Nothing is allocated once cache and scratch have their size.
 //
 // Few rows (up to 16 per call) read each head's panels once for all query heads of its group: lanes are keys, and the
-// positions are cut at multiples of kSplit whose parts merge in a fixed order, so results do not depend on the executor
-// (split-KV, FlashDecoding).  More rows take the tiles of forward_tiles.hpp.
+// positions are cut at multiples of 1024 whose parts merge in a fixed order, so results do not depend on the executor
+// (split-KV, FlashDecoding; decode_rows.hpp).  More rows take the tiles of forward_tiles.hpp, or, where sinks and window have a
+// gap between them, go 16 by 16.
 //
 // Errors (invalid_argument): widths that do not fit the cache, shape.query_offset or key_offset not 0, bias or mask tensors
 // (use the rule); std::length_error for a full fixed cache.  On an error neither cache nor out is changed.
 #pragma once
 
 #include <eigenblocks/attention/cache.hpp>
+#include <eigenblocks/attention/decode_rows.hpp>
 #include <eigenblocks/attention/forward_tiles.hpp>
 #include <eigenblocks/attention/near_far.hpp>
 
@@ -23,436 +28,95 @@ EIGENBLOCKS_NAMESPACE_BEGIN
 
 namespace detail {
 
-/// Keys and values of a cache as the operands of ForwardTiles; column c is position cache.first() + c.
-template <StorageScalar T>
+/// Key panels of ForwardTiles from a source of DecodeRows, for positions from `position` on.
+template <int MR, class Source, RealScalar S>
+void pack_stored_keys(const Source& source, Index kv, Index dim, Index position, Index count,
+                      S* panels) {
+  constexpr Index kPanel = Source::kPanel;
+  for (Index c0 = 0; c0 < count; c0 += MR, panels += dim * MR) {
+    if (count - c0 < MR) std::fill_n(panels, dim * MR, S(0));
+    for (Index m = 0; m < std::min<Index>(MR, count - c0); ++m) {
+      const Index at = source.slot(position + c0 + m);
+      const auto* const from = source.key_panel(kv, at / kPanel) + at % kPanel;
+      S scale(1);
+      if constexpr (Source::kScaled) scale = static_cast<S>(source.key_scales(kv)[at]);
+      for (Index c = 0; c < dim; ++c) {
+        S& to = panels[c * MR + m];
+        to = static_cast<S>(from[c * kPanel]);
+        if constexpr (Source::kScaled) to *= scale;
+      }
+    }
+  }
+}
+
+/// A cache as the source of DecodeRows and as the operands of ForwardTiles, for which column c is position key_offset() + c.
+template <class E>
 struct CacheSource {
-  const KvCache<T>* cache;
-  static constexpr Index kPanel = KvCache<T>::kPanel;
+  const PanelStore<E>* cache;
+  using Entry = E;
+  static constexpr Index kPanel = PanelStore<E>::kPanel;
+  static constexpr bool kScaled = PanelStore<E>::kScaled, kContiguous = true;
+
+  Index first() const { return cache->first(); }
+  Index size() const { return cache->size(); }
+  Index sinks() const { return std::min(cache->options().sinks, cache->size()); }
+  Index oldest_seen(Index i) const {
+    const KvCacheOptions& o = cache->options();
+    return o.sinks == 0 ? first() : std::max({first(), o.sinks, i - o.window});
+  }
+  Index slot(Index position) const { return cache->slot(position); }
+  Index slots() const { return cache->slots(); }
+  Index run_end(Index position, Index at) const { return position + cache->slots() - at; }
+  Index value_stride() const { return cache->value_stride(); }
+  const E* key_panel(Index kv, Index panel) const { return cache->key_panel(kv, panel); }
+  const E* value_row(Index kv, Index at) const { return cache->value_row(kv, at); }
+  const float* key_scales(Index kv) const { return cache->key_scales(kv); }
+  const float* value_scales(Index kv) const { return cache->value_scales(kv); }
+
+  /// Columns of tiles have no gap between sinks and window.
+  bool has_gap() const { return cache->options().sinks > 0 && first() > cache->options().sinks; }
+  Index key_offset() const { return cache->options().sinks > 0 ? 0 : first(); }
 
   template <int MR, RealScalar S>
   void pack_keys(Index kv, Index dim, Index first, Index count, S* panels, S*) const {
-    for (Index c0 = 0; c0 < count; c0 += MR, panels += dim * MR) {
-      if (count - c0 < MR) std::fill_n(panels, dim * MR, S(0));
-      for (Index m = 0; m < std::min<Index>(MR, count - c0); ++m) {
-        const Index at = cache->slot(cache->first() + first + c0 + m);
-        const T* const from = cache->key_panel(kv, at / kPanel) + at % kPanel;
-        for (Index c = 0; c < dim; ++c) panels[c * MR + m] = static_cast<S>(from[c * kPanel]);
-      }
-    }
+    pack_stored_keys<MR>(*this, kv, dim, key_offset() + first, count, panels);
   }
   template <int MR, RealScalar S>
   void pack_values(Index kv, Index dim, Index first, Index count, S* panels, Index panel_stride,
                    S* scratch) const {
     for (Index r = 0; r < count;) {  // runs of neighbouring slots
-      const Index at = cache->slot(cache->first() + first + r);
-      const Index run = std::min(count - r, cache->slots() - at);
-      pack_column_panels<MR>(run, dim, cache->value_row(kv, at), cache->value_stride(),
-                             panels + r * MR, panel_stride, scratch);
+      const Index p = key_offset() + first + r, at = cache->slot(p);
+      Index run = std::min(count - r, cache->slots() - at);
+      if (p < cache->options().sinks) run = std::min(run, cache->options().sinks - p);
+      if constexpr (kScaled) {
+        run =
+            std::min<Index>(run, 4);  // rows that scratch holds; pack_column_panels needs none of S
+        for (Index x = 0; x < run; ++x) {
+          const S scale = static_cast<S>(cache->value_scales(kv)[at + x]);
+          const E* const codes = cache->value_row(kv, at + x);
+          for (Index c = 0; c < dim; ++c) scratch[x * dim + c] = scale * static_cast<S>(codes[c]);
+        }
+        pack_column_panels<MR>(run, dim, static_cast<const S*>(scratch), dim, panels + r * MR,
+                               panel_stride, scratch);
+      } else {
+        pack_column_panels<MR>(run, dim, cache->value_row(kv, at), cache->value_stride(),
+                               panels + r * MR, panel_stride, scratch);
+      }
       r += run;
     }
   }
 };
 
-/// The few-rows path.
-template <RealScalar S, StorageScalar T, class Rule>
-class DecodeRows {
-  using P = simd::Packet<S>;
-  static constexpr int kW = simd::kLanes<S>;
-  static constexpr Index kPanel = KvCache<T>::kPanel;
-  static constexpr Index kBlock =
-      64;  // keys per soft-max update: K and V of a block fit the first-level cache
-  static constexpr Index kSplit =
-      1024;  // keys per part: enough parts for threads at 4k, too few to cost anything
-  static constexpr Index kRowsAtOnce = 6;  // of queries times keys in one register tile
-  // Registers of values in one register tile: with 6 rows 12 accumulators of 16 registers, 24 of 32.
-  static constexpr int kRowVectors = kW < 16 ? 2 : 4;
-  static constexpr int kBranches =
-      branches<Rule>;  // 2: keys of the far branch, the near ones in a ring
-  static constexpr S kNone = -std::numeric_limits<S>::infinity();
-  static constexpr bool kPlainScore = std::is_same_v<typename Rule::score_type, IdentityScore>;
-  static_assert(kPanel % kW == 0);
+template <class E>
+CacheSource<E> source_of(const PanelStore<E>& cache) {
+  return {&cache};
+}
 
- public:
-  static constexpr Index kMaxRows = 16;
-
-  DecodeRows(KvCache<T>& cache, const AttentionSizes& sizes, const Rule& rule,
-             const AttentionTensors<S>& tensors, const T* query, Index query_stride, T* out,
-             Index out_stride, S* lse, Index lse_stride)
-      : cache_(cache),
-        n_(sizes),
-        rule_(rule),
-        tensors_(tensors),
-        query_(query),
-        query_stride_(query_stride),
-        out_(out),
-        out_stride_(out_stride),
-        lse_(lse),
-        lse_stride_(lse_stride),
-        rows_(sizes.queries * sizes.group),
-        value_cols_(cache.value_stride()) {}
-
-  void run(ExecutorRef executor) {
-    const Index first_split = cache_.first() / kSplit;
-    const Index splits = std::max<Index>(1, (cache_.size() + kSplit - 1) / kSplit - first_split);
-    const Index most_splits =
-        cache_.slots() / kSplit + 2;  // scratch is sized by capacity, so that it rarely grows
-    Workspace& workspace = cache_.workspace();
-    workspace.prepare(executor.workers(), scratch_bytes());
-    const Index part = rows_ * (value_cols_ + 2);
-    const Index parts = n_.kv_heads * std::max(splits, most_splits);
-    S* const partial =
-        workspace.shared(padded_bytes<S>(parts * part)).template take<S>(parts * part);
-    executor.run(n_.kv_heads * splits, [&](Index task, int worker) {
-      const Index kv = task / splits, split = task % splits;
-      attend(kv, (first_split + split) * kSplit, partial + task * part,
-             workspace.arena(worker, scratch_bytes()));
-    });
-    for (Index kv = 0; kv < n_.kv_heads; ++kv)
-      merge(kv, splits, partial + kv * splits * part, part);
-  }
-
- private:
-  std::size_t scratch_bytes() const {
-    return kBranches * (padded_bytes<S>(rows_ * n_.key_dim) + padded_bytes<S>(rows_ * kBlock)) +
-           padded_bytes<S>(kBlock * n_.key_dim) + padded_bytes<S>(kBlock * value_cols_);
-  }
-  Index position(Index row) const { return cache_.size() - n_.queries + row; }
-
-  /// Keys of one split: partial = out rows (not normalised), then per row maximum and sum.
-  void attend(Index kv, Index begin, S* partial, Arena arena) const {
-    Branch branch[std::size_t(kBranches)];
-    for (Branch& x : branch)
-      x = {nullptr, arena.take<S>(rows_ * n_.key_dim), arena.take<S>(rows_ * kBlock)};
-    S* const key_scratch = arena.take<S>(kBlock * n_.key_dim);
-    S* const value_scratch = arena.take<S>(kBlock * value_cols_);
-    S* const top = partial + rows_ * value_cols_;
-    S* const sum = top + rows_;
-    std::fill_n(partial, rows_ * value_cols_, S(0));
-    std::fill_n(top, rows_, kNone);
-    std::fill_n(sum, rows_, S(0));
-    const KeyRange visible =
-        detail::key_range(rule_.mask, position(0), position(n_.queries - 1) + 1);
-    const Index low = std::max({begin, cache_.first(), visible.begin});
-    const Index high = std::min({begin + kSplit, cache_.size(), visible.end});
-    if (low >= high) return;
-    for (Index r = 0; r < rows_; ++r) {  // row r = query r / group, head r % group
-      const Index i = r / n_.group, h = kv * n_.group + r % n_.group;
-      const S factor =
-          static_cast<S>(n_.scale) * (tensors_.row_scale ? (*tensors_.row_scale)[i] : S(1));
-      const auto scale_row = [&](const T* q, S* to) {
-        for (Index c = 0; c < n_.key_dim; ++c) to[c] = factor * static_cast<S>(q[c]);
-      };
-      scale_row(query_ + i * query_stride_ + h * n_.key_dim, branch[0].query + r * n_.key_dim);
-      if constexpr (kBranches == 2)
-        scale_row(rule_.position.query_row(i, h * n_.key_dim), branch[1].query + r * n_.key_dim);
-    }
-    // Positions advance panel by panel; a block never crosses the end of the ring, and starts on a panel.
-    for (Index p = low; p < high;) {
-      const Index at = cache_.slot(p), lane0 = at % kPanel;
-      const Index base = p - lane0;  // position that lane 0 of the first panel would have
-      Index end = std::min({high, base + kBlock, p + cache_.slots() - at});
-      if constexpr (kBranches == 1) {
-        branch[0].keys = cache_.key_panel(kv, at / kPanel);
-      } else {
-        end = choose_branches(kv, at / kPanel, p, end, branch);
-      }
-      block(kv, at / kPanel, base, p, end, branch, key_scratch, value_scratch, partial, top, sum);
-      p = end;
-    }
-  }
-
-  /// One block's keys, null when it has none of the branch; query rows; scores of the block.
-  struct Branch {
-    const T* keys;
-    S *query, *scores;
-  };
-
-  /// Keys of the branches for positions from p on, and where they end: blocks are cut where the window of a row begins, so
-  /// that only keys near to some rows and far to others are multiplied twice.
-  Index choose_branches(Index kv, Index panel, Index p, Index end, Branch* branch) const {
-    const auto& near = rule_.position;
-    const Index far_end = position(0) - near.window + 1,
-                near_begin = position(n_.queries - 1) - near.window + 1;
-    branch[0].keys = branch[1].keys = nullptr;
-    if (p < near_begin) branch[1].keys = cache_.key_panel(kv, panel);
-    if (p < far_end) return std::min(end, far_end);
-    const Index at = near.ring->slot(p);
-    branch[0].keys = near.ring->key_panel(kv, at / kPanel);
-    if (p < near_begin) end = std::min(end, near_begin);
-    return std::min(end, p + near.ring->slots() - at);
-  }
-
-  /// Keys [begin, end) at positions base + lane of consecutive panels.
-  void block(Index kv, Index panel, Index base, Index begin, Index end, const Branch* branch,
-             S* key_scratch, S* value_scratch, S* out, S* top, S* sum) const {
-    const Index d = n_.key_dim, panels = (end - base + kPanel - 1) / kPanel,
-                width = panels * kPanel;
-    const T* const v = cache_.value_row(kv, panel * kPanel);
-    const Index first = begin - base;
-    // 16-bit entries are widened where they are used, unless several groups of rows use them.
-    const bool widen = !std::is_same_v<S, T> && rows_ > kRowsAtOnce;
-    const auto widened = [&](const T* from, S* to, Index count, const auto& use) {
-      if constexpr (!std::is_same_v<S, T>) {
-        if (widen) {
-          simd::convert_row(from, to, count);
-          return use(static_cast<const S*>(to));
-        }
-      }
-      use(from);
-    };
-    S* scores = branch[0].scores;
-    const T* next = nullptr;
-    for (int x = 0; x < kBranches; ++x) {
-      if (kBranches == 2 && branch[x].keys == nullptr) continue;
-      scores = branch[x].scores;
-      next = branch[x].keys + width * d;
-      widened(branch[x].keys, key_scratch, width * d,
-              [&](const auto* keys) { block_scores(panels, keys, branch[x].query, scores, v); });
-    }
-    if constexpr (kBranches == 2) {
-      if (branch[0].keys && branch[1].keys) scores = choose_scores(base, width, branch);
-    }
-    for (Index r = 0; r < rows_; ++r)
-      soften(kv, r, base, begin, end, width, scores + r * kBlock, out, top, sum);
-    widened(v, value_scratch, width * value_cols_, [&](const auto* values) {
-      add_values(end - begin, scores + first, values + first * value_cols_, out, next);
-    });
-  }
-
-  /// Of each row's two scores the one its distance asks for.
-  S* choose_scores(Index base, Index width, const Branch* branch) const {
-    for (Index r = 0; r < rows_; ++r) {
-      const Index far = position(r / n_.group) - rule_.position.window + 1 - base;
-      const Index count = std::clamp<Index>(far, 0, width);
-      std::copy_n(branch[1].scores + r * kBlock, count, branch[0].scores + r * kBlock);
-    }
-    return branch[0].scores;
-  }
-
-  /// Memory that is needed soon, fetched evenly over `turns` turns of a loop: a burst would block the loop's own loads.
-  class Ahead {
-   public:
-    Ahead() = default;  // nothing
-    Ahead(const T* from, Index count, Index turns)
-        : at_(reinterpret_cast<const char*>(from)),
-          step_(turns > 0 ? count * Index(sizeof(T)) / turns : 0) {}
-    EIGENBLOCKS_ALWAYS_INLINE void fetch() {
-      simd::prefetch(at_);
-      at_ += step_;
-    }
-    void skip(Index turns) { at_ += turns * step_; }
-
-   private:
-    const char* at_ = nullptr;
-    Index step_ = 0;
-  };
-
-  /// f.template operator()<M>(r) for groups of M rows from r on: six (and four) rows keep both multiply-add units busy.
-  template <class F>
-  void in_row_groups(F&& f) const {
-    Index r = 0;
-    for (; rows_ - r >= 6 && rows_ - r != 8; r += 6) f.template operator()<6>(r);
-    for (; rows_ - r >= 4; r += 4) f.template operator()<4>(r);
-    for (; rows_ - r >= 2; r += 2) f.template operator()<2>(r);
-    if (r < rows_) f.template operator()<1>(r);
-  }
-
-  /// scores[r][lane] = <query row r, key lane> for consecutive panels of keys.
-  template <class K>
-  void block_scores(Index panels, const K* keys, const S* query, S* scores, const T* values) const {
-    for (Index x = 0; x < panels; ++x) {
-      // While the panel is multiplied, its values are on their way.
-      Ahead ahead(values + x * kPanel * value_cols_, kPanel * value_cols_, n_.key_dim);
-      in_row_groups([&]<int M>(Index r) EIGENBLOCKS_INLINE_LAMBDA {
-        rows_times_panel<M>(r, keys + x * kPanel * n_.key_dim, query, scores + x * kPanel, ahead);
-        ahead = {};
-      });
-    }
-  }
-
-  template <int M, class K>
-  EIGENBLOCKS_NOINLINE void rows_times_panel(Index r0, const K* panel, const S* query, S* scores,
-                                             Ahead ahead) const {
-    constexpr int nv = int(kPanel) / kW;
-    const Index d = n_.key_dim;
-    P acc[std::size_t(M)][std::size_t(nv)];
-    unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-      unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA { acc[m][v] = simd::zero<P>(); });
-    });
-    const S* const q = query + r0 * d;
-    for (Index c = 0; c < d; ++c, panel += kPanel) {
-      ahead.fetch();
-      P key[std::size_t(nv)];
-      unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-        key[v] = simd::load_as<P>(panel + v * kW);
-        simd::keep_in_register(key[v]);
-      });
-      unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-        const P scalar = simd::set1<P>(q[m * d + c]);
-        unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-          acc[m][v] = simd::fma(scalar, key[v], acc[m][v]);
-        });
-      });
-    }
-    unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-      unroll<nv>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-        simd::store<P>(scores + (r0 + m) * kBlock + v * kW, acc[m][v]);
-      });
-    });
-  }
-
-  /// Score functor, mask and running soft-max of one row over one block; leaves probabilities, 0 outside [begin, end).
-  void soften(Index kv, Index r, Index base, Index begin, Index end, Index width, S* s, S* out,
-              S* top, S* sum) const {
-    const Index i = position(r / n_.group), h = kv * n_.group + r % n_.group;
-    if constexpr (!kPlainScore) apply_score(i, h, base, begin, end, width, s);
-    std::fill(s, s + (begin - base), kNone);
-    std::fill(s + (end - base), s + width, kNone);
-    if (detail::classify(rule_.mask, i, i + 1, begin, end) != TileClass::full) {
-      for (Index j = begin; j < end; ++j) {
-        if (!rule_.mask(i, j, h)) s[j - base] = kNone;
-      }
-    }
-    P most = simd::set1<P>(kNone);
-    for (Index x = 0; x < width; x += kW) most = simd::max(most, simd::load<P>(s + x));
-    const S old = top[r], now = std::max(old, simd::max_lane(most));
-    const S reference = now == kNone ? S(0) : now;
-    const P shift = simd::set1<P>(reference);
-    const P log2e = simd::set1<P>(static_cast<S>(kLog2e));
-    P total = simd::zero<P>();
-    for (Index x = 0; x < width; x += kW) {
-      const P p = simd::exp2(simd::mul(simd::sub(simd::load<P>(s + x), shift), log2e));
-      simd::store<P>(s + x, p);
-      total = simd::add(total, p);
-    }
-    const S keep = old == now ? S(1) : old == kNone ? S(0) : std::exp(old - reference);
-    if (keep != S(1)) {
-      Eigen::Map<Vector<S>>(out + r * value_cols_, value_cols_) *= keep;
-      sum[r] *= keep;
-    }
-    sum[r] += simd::sum(total);
-    top[r] = now;
-  }
-
-  void apply_score(Index i, Index h, Index base, Index begin, Index end, Index width, S* s) const {
-    if constexpr (RelativeScore<typename Rule::score_type> &&
-                  requires(P packet) { rule_.score.lanes(packet, packet, i, base, h); }) {
-      // Only i - j counts: key base + x seen from i is key base seen from i - x.
-      for (Index x = 0; x < width; x += kW) {
-        const P irel = simd::neg(simd::iota<P>(static_cast<S>(x)));
-        simd::store<P>(s + x, rule_.score.lanes(simd::load<P>(s + x), irel, i, base, h));
-      }
-    } else {
-      for (Index j = begin; j < end; ++j) s[j - base] = rule_.score(s[j - base], i, j, h);
-    }
-  }
-
-  /// out rows += probabilities times value rows; fetches the next keys meanwhile.
-  template <class V>
-  void add_values(Index keys, const S* probabilities, const V* values, S* out,
-                  const T* ahead) const {
-    Ahead fetch(ahead, keys * n_.key_dim, keys * (value_cols_ / (kRowVectors * kW)));
-    in_row_groups([&]<int M>(Index r) EIGENBLOCKS_INLINE_LAMBDA {
-      const S* const p = probabilities + r * kBlock;
-      S* const o = out + r * value_cols_;
-      Index c = 0;
-      for (; c + kRowVectors * kW <= value_cols_; c += kRowVectors * kW) {
-        columns<M, kRowVectors>(keys, p, values + c, o + c, fetch);
-        fetch.skip(keys);
-      }
-      for (; c + kW <= value_cols_; c += kW) columns<M, 1>(keys, p, values + c, o + c, Ahead{});
-      fetch = {};
-    });
-  }
-
-  template <int M, int NV, class V>
-  EIGENBLOCKS_NOINLINE void columns(Index keys, const S* p, const V* values, S* out,
-                                    Ahead ahead) const {
-    P acc[std::size_t(M)][std::size_t(NV)];
-    unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-        acc[m][v] = simd::load<P>(out + m * value_cols_ + v * kW);
-      });
-    });
-    for (Index j = 0; j < keys; ++j, values += value_cols_) {
-      ahead.fetch();
-      P row[std::size_t(NV)];
-      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-        row[v] = simd::load_as<P>(values + v * kW);
-        simd::keep_in_register(row[v]);
-      });
-      unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-        const P scalar = simd::set1<P>(p[m * kBlock + j]);
-        unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-          acc[m][v] = simd::fma(scalar, row[v], acc[m][v]);
-        });
-      });
-    }
-    unroll<M>([&](auto m) EIGENBLOCKS_INLINE_LAMBDA {
-      unroll<NV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-        simd::store<P>(out + m * value_cols_ + v * kW, acc[m][v]);
-      });
-    });
-  }
-
-  /// Adds up the splits of one key/value head in order and writes the rows.
-  void merge(Index kv, Index splits, const S* partial, Index part) const {
-    for (Index r = 0; r < rows_; ++r) {
-      const Index i = r / n_.group, h = kv * n_.group + r % n_.group;
-      const S sink = tensors_.sinks ? (*tensors_.sinks)[h] : kNone;
-      S top = sink;
-      for (Index x = 0; x < splits; ++x)
-        top = std::max(top, partial[x * part + rows_ * value_cols_ + r]);
-      S sum = sink == kNone ? S(0) : std::exp(sink - top);
-      for (Index x = 0; x < splits; ++x) {
-        const S* const stats = partial + x * part + rows_ * value_cols_ + r;
-        // Told by the sum, not by the maximum: a part that saw only NaN keeps its maximum at -inf.
-        if (stats[rows_] != S(0)) sum += std::exp(stats[0] - top) * stats[rows_];
-      }
-      Eigen::Map<RowVector<T>> row(out_ + i * out_stride_ + h * n_.value_dim, n_.value_dim);
-      if (lse_ != nullptr) lse_[i * lse_stride_ + h] = sum == S(0) ? kNone : top + std::log(sum);
-      if (splits == 1) {
-        const S weight =
-            sum == S(0) ? S(0) : merge_weight(partial[rows_ * value_cols_ + r], top) / sum;
-        row = (weight * values_of(partial, r)).template cast<T>();
-        continue;
-      }
-      S* const total = const_cast<S*>(partial) + r * value_cols_;  // the first part becomes the sum
-      Eigen::Map<Vector<S>> acc(total, n_.value_dim);
-      for (Index x = 0; x < splits; ++x) {
-        const S* const stats = partial + x * part + rows_ * value_cols_ + r;
-        const S weight = stats[rows_] == S(0) ? S(0) : std::exp(stats[0] - top) / sum;
-        if (x == 0) {
-          acc *= weight;
-        } else if (weight != S(0)) {
-          acc += weight * values_of(partial + x * part, r).transpose();
-        }
-      }
-      row = acc.transpose().template cast<T>();
-    }
-  }
-  Eigen::Map<const RowVector<S>> values_of(const S* partial, Index r) const {
-    return {partial + r * value_cols_, n_.value_dim};
-  }
-
-  KvCache<T>& cache_;
-  const AttentionSizes& n_;
-  const Rule& rule_;
-  const AttentionTensors<S>& tensors_;
-  const T* query_;
-  Index query_stride_;
-  T* out_;
-  Index out_stride_;
-  S* lse_;
-  Index lse_stride_;
-  Index rows_, value_cols_;
-};
-
-template <StorageScalar T, MatrixLike Q, class O>
-AttentionSizes require_over_cache(const KvCache<T>& cache, const Q& query, const O& out,
+template <class Cache, MatrixLike Q, class O>
+AttentionSizes require_over_cache(const Cache& cache, const Q& query, const O& out,
                                   const AttentionShape& shape,
-                                  const AttentionTensors<compute_t<T>>& tensors) {
-  const KvCacheOptions& c = cache.options();
+                                  const AttentionTensors<compute_t<scalar_t<Q>>>& tensors) {
+  const auto& c = cache.options();
   const Index kv_heads = shape.kv_heads == 0 ? shape.heads : shape.kv_heads;
   require(kv_heads == c.kv_heads, "kv_heads (", kv_heads, ") differs from the cache's (",
           c.kv_heads, ")");
@@ -460,7 +124,6 @@ AttentionSizes require_over_cache(const KvCache<T>& cache, const Q& query, const
                 "cols = heads * head_dim of the cache");
   AttentionSizes n = attention_sizes(query.rows(), query.cols(), 0, kv_heads * c.head_dim, 0,
                                      kv_heads * c.value_dim, shape);
-  n.keys = cache.size() - cache.first();
   require_shape("out", out.rows(), out.cols(), n.queries, n.heads * n.value_dim,
                 "queries x heads * value_dim");
   require(shape.query_offset == 0 && shape.key_offset == 0, "query_offset (", shape.query_offset,
@@ -486,55 +149,146 @@ struct MaskRef : MaskTag {
   const { return mask->lanes(irel, i0, j, h); }
 };
 
-/// The rule of a cache: the caller's, by reference, and the window of a ring.
+/// What a cache keeps for a query: window_left(window), or prefix(sinks) | window_left(window).
+struct KeptMask : MaskTag {
+  WindowLeftMask window;
+  Index sinks;
+  explicit KeptMask(const KvCacheOptions& o)
+      : window(o.window >= 0 ? o.window : kWidestWindow), sinks(o.sinks) {}
+  bool operator()(Index i, Index j, Index h) const { return j < sinks || window(i, j, h); }
+  TileClass classify(Index i0, Index i1, Index j0, Index j1) const {
+    const TileClass recent = window.classify(i0, i1, j0, j1);
+    return sinks == 0 ? recent : std::max(recent, PrefixMask(sinks).classify(i0, i1, j0, j1));
+  }
+  KeyRange key_range(Index i0, Index i1) const {
+    return sinks == 0 ? window.key_range(i0, i1) : KeyRange{};
+  }
+  template <class P>
+  P lanes(const P& irel, Index i0, Index j, Index h) const {
+    return j < sinks ? simd::equal(simd::zero<P>(), simd::zero<P>()) : window.lanes(irel, i0, j, h);
+  }
+};
+
+/// The rule of a cache: the caller's, by reference, and what the cache keeps.
 template <class Rule>
 struct CacheRule {
-  using mask_type = AndMask<MaskRef<typename Rule::mask_type>, WindowLeftMask>;
+  using mask_type = AndMask<MaskRef<typename Rule::mask_type>, KeptMask>;
   using score_type = typename Rule::score_type;
   mask_type mask;
   const score_type& score;
 };
-template <StorageScalar T, class Rule>
-CacheRule<Rule> cache_rule(const KvCache<T>& cache, const Rule& rule) {
+template <class Rule>
+CacheRule<Rule> cache_rule(const KvCacheOptions& options, const Rule& rule) {
   static_assert(takes_as_given<Rule>, EIGENBLOCKS_POSITION_MESSAGE);
-  const Index window = cache.ring() ? cache.options().window : kWidestWindow;
-  return {{MaskRef<typename Rule::mask_type>(rule.mask), WindowLeftMask(window)}, rule.score};
+  return {{MaskRef<typename Rule::mask_type>(rule.mask), KeptMask(options)}, rule.score};
 }
 
-/// The last rows of the cache ask; everything has been checked.  source: keys and values of the tiles for many rows.
-template <StorageScalar T, class Source, class Rule>
-void attend_over_cache(KvCache<T>& cache, const Source& source, AttentionSizes n, const T* query,
-                       Index query_stride, T* out, Index out_stride, compute_t<T>* lse,
-                       Index lse_stride, const AttentionShape& shape, const Rule& rule,
-                       const AttentionTensors<compute_t<T>>& tensors, ExecutorRef executor) {
+/// The last rows of `few` ask; everything has been checked.  few: keys and values for few rows; source: those of the tiles for
+/// many.
+template <StorageScalar T, class Few, class Source, class Rule>
+void attend_rows(const Few& few, const Source& source, AttentionSizes n,
+                 DecodeOperands<compute_t<T>, T> x, const AttentionShape& shape, const Rule& rule,
+                 const AttentionTensors<compute_t<T>>& tensors, Workspace& workspace,
+                 ExecutorRef executor) {
   using S = compute_t<T>;
+  using Rows = DecodeRows<S, T, Few, Rule>;
   if (n.queries == 0) return;
-  n.keys = cache.size() - cache.first();
-  if (n.queries <= DecodeRows<S, T, Rule>::kMaxRows) {
-    DecodeRows<S, T, Rule>(cache, n, rule, tensors, query, query_stride, out, out_stride, lse,
-                           lse_stride)
-        .run(executor);
+  if (n.queries <= kMostDecodeRows || few.has_gap() || x.sink_query != nullptr) {
+    for (x.row0 = 0; x.row0 < n.queries; x.row0 += x.count) {
+      x.count = std::min(kMostDecodeRows, n.queries - x.row0);
+      x.position = few.size() - n.queries + x.row0;
+      Rows(few, n, rule, tensors, x).run(workspace, executor);
+    }
     return;
   }
   AttentionShape local = shape;
-  local.query_offset = cache.size() - n.queries;
-  local.key_offset = cache.first();
-  if (lse == nullptr) {  // the tiles need one: a piece of scratch that is no worker's
+  local.query_offset = few.size() - n.queries;
+  local.key_offset = few.key_offset();
+  n.keys = few.size() - few.key_offset();
+  if (x.lse == nullptr) {  // the tiles need one: a piece of scratch that is no worker's
     const int workers = executor.workers();
-    cache.workspace().prepare(workers + 1);
-    lse = cache.workspace()
-              .arena(workers, padded_bytes<S>(n.queries * n.heads))
-              .template take<S>(n.queries * n.heads);
-    lse_stride = n.heads;
+    workspace.prepare(workers + 1);
+    x.lse = workspace.arena(workers, padded_bytes<S>(n.queries * n.heads))
+                .template take<S>(n.queries * n.heads);
+    x.lse_stride = n.heads;
   }
   const auto tiles = [&](const AttentionSizes& sizes) {
-    return ForwardTiles<S, T, Source, Rule>(sizes, local, rule, tensors, query, query_stride,
-                                            source, out, out_stride, lse, lse_stride, TileTuning{});
+    return ForwardTiles<S, T, Source, Rule>(sizes, local, rule, tensors, x.query, x.query_stride,
+                                            source, x.out, x.out_stride, x.lse, x.lse_stride,
+                                            TileTuning{});
   };
   AttentionSizes most = n;
-  most.keys = cache.slots();
-  tiles(most).reserve(executor, cache.workspace());
-  tiles(n).run(executor, cache.workspace());
+  most.keys = few.slots();
+  tiles(most).reserve(executor, workspace);
+  tiles(n).run(executor, workspace);
+}
+
+/// The same over a cache, with the tiles' operands given.
+template <StorageScalar T, class Cache, class Source, class Rule>
+void attend_over_cache(Cache& cache, const Source& source, const AttentionSizes& n, const T* query,
+                       Index query_stride, T* out, Index out_stride, compute_t<T>* lse,
+                       Index lse_stride, const AttentionShape& shape, const Rule& rule,
+                       const AttentionTensors<compute_t<T>>& tensors, ExecutorRef executor) {
+  attend_rows<T>(source_of(cache), source, n,
+                 {query, query_stride, out, out_stride, lse, lse_stride}, shape, rule, tensors,
+                 cache.workspace(), executor);
+}
+
+/// Rows [begin, begin + count) of a row_scale tensor.
+template <RealScalar S>
+AttentionTensors<S> part_of(const AttentionTensors<S>& tensors, Index begin, Index count,
+                            Vector<S>& row_scale) {
+  AttentionTensors<S> part = tensors;
+  if (tensors.row_scale != nullptr && count < tensors.row_scale->size()) {
+    row_scale = tensors.row_scale->segment(begin, count);
+    part.row_scale = &row_scale;
+  }
+  return part;
+}
+
+/// A cache that derives from PanelStore, and query rows that compute in what it stores.
+template <class Cache, class Q>
+concept AttendableCache = requires(const Cache& cache) {
+  source_of(cache);
+}
+&&Cache::template serves<scalar_t<Q>>;
+template <class Cache, class K, class V>
+concept TakesRows = requires(Cache& cache, const K& key, const V& value) {
+  cache.append(key, value);
+};
+
+/// attention_step; sink_query: rows that ask the sinks, or null.
+template <class Cache, class Q, class K, class V, class O, class Rule>
+void step_over_cache(Cache& cache, const Q& query, const scalar_t<Q>* sink_query,
+                     Index sink_query_stride, const K& key, const V& value, O& out,
+                     const AttentionShape& shape, const Rule& rule,
+                     const AttentionTensors<compute_t<scalar_t<Q>>>& tensors,
+                     ExecutorRef executor) {
+  using T = scalar_t<Q>;
+  AttentionSizes n = require_over_cache(cache, query, out, shape, tensors);
+  require_score_heads(rule.score, n.heads);
+  cache.require_rows(key.rows(), key.cols(), value.rows(), value.cols());
+  require_shape("key", key.rows(), key.cols(), query.rows(), key.cols(), "one row per query row");
+  cache.require_room(key.rows());
+  const auto kept = cache_rule(cache.options(), rule);
+  const auto source = source_of(cache);
+  // A ring must not drop keys that earlier rows of the same piece still see.
+  const Index rows = n.queries,
+              piece = cache.ring() ? std::max<Index>(1, cache.ring_slots() - cache.options().window)
+                                   : rows;
+  for (Index r = 0; r < rows; r += piece) {
+    n.queries = std::min(piece, rows - r);
+    cache.append(key.middleRows(r, n.queries), value.middleRows(r, n.queries));
+    DecodeOperands<compute_t<T>, T> x{query.data() + r * query.outerStride(), query.outerStride(),
+                                      out.data() + r * out.outerStride(), out.outerStride()};
+    if (sink_query != nullptr) {
+      x.sink_query = sink_query + r * sink_query_stride;
+      x.sink_query_stride = sink_query_stride;
+    }
+    Vector<compute_t<T>> row_scale;
+    attend_rows<T>(source, source, n, x, shape, kept, part_of(tensors, r, n.queries, row_scale),
+                   cache.workspace(), executor);
+  }
 }
 
 }  // namespace detail
@@ -543,62 +297,42 @@ using CausalRule = decltype(attention_rule(causal()));
 
 /// Attention of query rows at the last query.rows() positions of the cache.  out: rows x (heads * value_dim); lse: rows x heads
 /// or null.  tensors: sinks and row_scale only.
-template <StorageScalar T, MatrixLike Q, OutputMatrix O, class Rule = CausalRule>
-  requires SameScalar<Q, O> && std::same_as<scalar_t<Q>, T>
-void attention_over_cache(KvCache<T>& cache, const Q& query, O&& out, const AttentionShape& shape,
-                          const Rule& rule = {}, const AttentionTensors<compute_t<T>>& tensors = {},
-                          Matrix<compute_t<T>>* lse = nullptr, ExecutorRef executor = {}) {
+template <class Cache, MatrixLike Q, OutputMatrix O, class Rule = CausalRule>
+  requires SameScalar<Q, O> && detail::AttendableCache<Cache, Q>
+void attention_over_cache(Cache& cache, const Q& query, O&& out, const AttentionShape& shape,
+                          const Rule& rule = {},
+                          const AttentionTensors<compute_t<scalar_t<Q>>>& tensors = {},
+                          Matrix<compute_t<scalar_t<Q>>>* lse = nullptr,
+                          ExecutorRef executor = {}) {
   const detail::AttentionSizes n = detail::require_over_cache(cache, query, out, shape, tensors);
   detail::require_score_heads(rule.score, n.heads);
-  detail::require(n.queries <= cache.size() - cache.first(), "query has ", n.queries,
-                  " rows, but the cache holds only ", cache.size() - cache.first(), " positions");
-  const Index whole = cache.size() - cache.first() - cache.options().window;
-  detail::require(cache.first() == 0 || n.queries <= whole, "query has ", n.queries,
+  const bool everything = cache.first() <= cache.options().sinks;
+  const Index held = everything ? cache.size() : cache.size() - cache.first();
+  detail::require(n.queries <= held, "query has ", n.queries, " rows, but the cache holds only ",
+                  held, " positions");
+  const Index whole = held - cache.options().window;
+  detail::require(everything || n.queries <= whole, "query has ", n.queries,
                   " rows, but the ring holds the whole window of the last ", whole, " only");
   if (lse != nullptr)
     detail::require_shape("lse", lse->rows(), lse->cols(), n.queries, n.heads, "queries x heads");
-  const auto bounded = detail::cache_rule(cache, rule);
-  detail::attend_over_cache(cache, detail::CacheSource<T>{&cache}, n, query.data(),
-                            query.outerStride(), out.data(), out.outerStride(),
-                            lse ? lse->data() : nullptr, lse ? lse->cols() : 0, shape, bounded,
-                            tensors, executor);
+  const auto kept = detail::cache_rule(cache.options(), rule);
+  detail::attend_over_cache<scalar_t<Q>>(cache, detail::source_of(cache), n, query.data(),
+                                         query.outerStride(), out.data(), out.outerStride(),
+                                         lse ? lse->data() : nullptr, lse ? lse->cols() : 0, shape,
+                                         kept, tensors, executor);
 }
 
 /// Appends key and value rows, then attends with query rows at their positions.  Any number of rows: one when decoding, a chunk
 /// or a whole prompt when pre-filling.
-template <StorageScalar T, MatrixLike Q, MatrixLike K, MatrixLike V, OutputMatrix O,
+template <class Cache, MatrixLike Q, MatrixLike K, MatrixLike V, OutputMatrix O,
           class Rule = CausalRule>
-  requires SameScalar<Q, K, V, O> && std::same_as<scalar_t<Q>, T>
-void attention_step(KvCache<T>& cache, const Q& query, const K& key, const V& value, O&& out,
+  requires SameScalar<Q, O> && detail::AttendableCache<Cache, Q> && detail::TakesRows<Cache, K, V>
+void attention_step(Cache& cache, const Q& query, const K& key, const V& value, O&& out,
                     const AttentionShape& shape, const Rule& rule = {},
-                    const AttentionTensors<compute_t<T>>& tensors = {}, ExecutorRef executor = {}) {
-  using S = compute_t<T>;
-  detail::AttentionSizes n = detail::require_over_cache(cache, query, out, shape, tensors);
-  detail::require_score_heads(rule.score, n.heads);
-  cache.require_rows(key.rows(), key.cols(), value.rows(), value.cols());
-  detail::require_shape("key", key.rows(), key.cols(), query.rows(), key.cols(),
-                        "one row per query row");
-  cache.require_room(key.rows());
-  const auto bounded = detail::cache_rule(cache, rule);
-  // A ring must not drop keys that earlier rows of the same piece still see.
-  const Index piece =
-      cache.ring() ? std::max<Index>(1, cache.slots() - cache.options().window) : n.queries;
-  for (Index r = 0; r < n.queries; r += piece) {
-    const Index rows = std::min(piece, n.queries - r);
-    cache.append(key.middleRows(r, rows), value.middleRows(r, rows));
-    detail::AttentionSizes part = n;
-    part.queries = rows;
-    AttentionTensors<S> part_tensors = tensors;
-    Vector<S> part_scale;
-    if (tensors.row_scale != nullptr && rows < n.queries) {
-      part_scale = tensors.row_scale->segment(r, rows);
-      part_tensors.row_scale = &part_scale;
-    }
-    detail::attend_over_cache<T>(cache, detail::CacheSource<T>{&cache}, part,
-                                 query.data() + r * query.outerStride(), query.outerStride(),
-                                 out.data() + r * out.outerStride(), out.outerStride(), nullptr, 0,
-                                 shape, bounded, part_tensors, executor);
-  }
+                    const AttentionTensors<compute_t<scalar_t<Q>>>& tensors = {},
+                    ExecutorRef executor = {}) {
+  detail::step_over_cache(cache, query, nullptr, 0, key, value, out, shape, rule, tensors,
+                          executor);
 }
 
 EIGENBLOCKS_NAMESPACE_END

@@ -1,5 +1,5 @@
 // The tiled forward pass: online soft-max over tiles of keys x queries (arXiv 2205.14135, 2307.08691).
-// Internal to attention/; the public functions are in kernel.hpp, the definition in rule.hpp, the loops in tile.hpp.
+// Internal to attention/; the public functions are in kernel.hpp, the definition in rule.hpp, the loops in core/tile.hpp.
 //
 // Order of work, all cut by shape:
 //   for a batch of kv heads, for a chunk of keys (a few MB when packed):
@@ -14,10 +14,11 @@
 #pragma once
 
 #include <eigenblocks/attention/near_far.hpp>
+#include <eigenblocks/attention/online_softmax.hpp>
 #include <eigenblocks/attention/partial.hpp>
 #include <eigenblocks/attention/rule.hpp>
-#include <eigenblocks/attention/tile.hpp>
 #include <eigenblocks/core/parallel.hpp>
+#include <eigenblocks/core/tile.hpp>
 #include <eigenblocks/core/workspace.hpp>
 
 #include <cmath>
@@ -26,9 +27,6 @@
 EIGENBLOCKS_NAMESPACE_BEGIN
 
 namespace detail {
-
-inline constexpr double kLog2e = 1.44269504088896340736;
-inline constexpr double kLn2 = 0.69314718055994530942;
 
 /// Sizes that do not change results beyond rounding; tests vary them.
 struct TileTuning {
@@ -260,11 +258,9 @@ class ForwardTiles {
       if (tensors_.mask != nullptr) apply_bool_mask(t, begin, end, scores + a * kNQ);
       column_maximum(b - a, scores + a * kNQ, block_top);
     }
-    if (natural_) {
-      soften<true>(b - a, scores + a * kNQ, block_top, t);
-    } else {
-      soften<false>(b - a, scores + a * kNQ, block_top, t);
-    }
+    (natural_ ? soften_tile<S, kNV, true> : soften_tile<S, kNV, false>)(b - a, scores + a * kNQ,
+                                                                        block_top, t.top, t.sum,
+                                                                        t.factor);
     const Index groups = value_rows_ / kMR;
     if (t.started) {
       tile_accumulate<S, kMR, kNV, TileStart::rescale>(
@@ -352,41 +348,6 @@ class ForwardTiles {
         most[v] = simd::max(most[v], simd::load<P>(scores + r * kNQ + v * kW));
     }
     for (int v = 0; v < kNV; ++v) simd::store<P>(top + v * kW, most[v]);
-  }
-
-  /// scores -> exp(scores - m) with the new running maximum m; sum = sum * factor + row sums; factor = exp(old m - m).
-  template <bool kNatural>
-  EIGENBLOCKS_NOINLINE static void soften(Index rows, S* scores, const S* block_top,
-                                          const Tile& t) {
-    const P none = simd::set1<P>(kNone);
-    const auto exponential = [](const P& x) EIGENBLOCKS_INLINE_LAMBDA {
-      if constexpr (kNatural) {
-        return simd::exp2(simd::mul(x, simd::set1<P>(static_cast<S>(kLog2e))));
-      } else {
-        return simd::exp2(x);
-      }
-    };
-    P reference[std::size_t(kNV)], sum[std::size_t(kNV)];
-    unroll<kNV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-      const P old = simd::load<P>(t.top + v * kW);
-      const P top = simd::max(old, simd::load<P>(block_top + v * kW));
-      // Nothing visible so far: subtract 0, so that exp(-inf) is 0 and not exp(-inf - -inf).
-      reference[v] = simd::select(simd::equal(top, none), simd::zero<P>(), top);
-      simd::store<P>(t.top + v * kW, top);
-      simd::store<P>(t.factor + v * kW, exponential(simd::sub(old, reference[v])));
-      sum[v] = simd::zero<P>();
-    });
-    for (Index r = 0; r < rows; ++r, scores += kNQ) {
-      unroll<kNV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-        const P p = exponential(simd::sub(simd::load<P>(scores + v * kW), reference[v]));
-        simd::store<P>(scores + v * kW, p);
-        sum[v] = simd::add(sum[v], p);
-      });
-    }
-    unroll<kNV>([&](auto v) EIGENBLOCKS_INLINE_LAMBDA {
-      simd::store<P>(t.sum + v * kW, simd::fma(simd::load<P>(t.sum + v * kW),
-                                               simd::load<P>(t.factor + v * kW), sum[v]));
-    });
   }
 
   void finish(Tile& t, Index h, bool first_chunk, S* scratch) const {

@@ -6,7 +6,7 @@
 //   window rule       w = floor((alpha N - 1) / (L - 1)) + 1: the receptive field (w-1)(L-1)+1 is at most alpha N
 //   cache             2 kv_heads head_dim (N f + (L-f) min(N, w)) scalars for N tokens
 //
-// A layer's mask is causal() & window_left(layer.window - 1) where it is windowed.
+// A layer's mask is causal() & window_left(layer.window - 1) where it is windowed.  The layers themselves: hwfa_layer.hpp.
 // Errors (invalid_argument): layers < 2, window < 1, train_length < 1, alpha outside (0, 1] or too small for one token,
 // full_layers outside [1, layers - 1], tokens negative, kv_heads or head_dim < 1.
 // Sources: kexue.fm 9603 (HWFA), 9731 (HWFA2).
@@ -14,6 +14,7 @@
 
 #include <eigenblocks/core/error.hpp>
 #include <eigenblocks/core/types.hpp>
+#include <eigenblocks/position/logn.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -26,13 +27,14 @@ enum class HwfaSpan { full, window };
 enum class HwfaPosition { rope, nope, rerope };
 enum class HwfaPhase { training, inference };
 
-/// How one layer attends.  logn: its scores are multiplied by the log_n rule (scale.hpp).
+/// How one layer attends.  logn: its scores are multiplied by the log_n rule (scale.hpp), which logn_mode says.
 struct HwfaLayer {
   HwfaSpan span = HwfaSpan::window;
   HwfaPosition position = HwfaPosition::rope;
   bool logn = false;
-  Index window = 0;         ///< tokens seen, the token itself included; 0 for full
-  Index rerope_window = 0;  ///< of ReRoPE; 0 otherwise
+  Index window = 0;                      ///< tokens seen, the token itself included; 0 for full
+  Index rerope_window = 0;               ///< of ReRoPE; 0 otherwise
+  LognMode logn_mode = LognMode::plain;  ///< clipped where the model was trained without
 };
 
 /// One entry per layer, input first.
@@ -105,7 +107,7 @@ struct Hwfa2Options {
 };
 
 /// HWFA2: full layers at i layers / (f + 1), i = 1..f, rounded down, windows elsewhere; all with RoPE in training.  At
-/// inference the full layers use ReRoPE and log n.
+/// inference the full layers use ReRoPE and log n, clipped: nothing changes within the trained length but the positions.
 inline HwfaPlan hwfa2_plan(Index layers, const Hwfa2Options& options, HwfaPhase phase) {
   hwfa_receptive_field(layers, options.window);
   detail::require(options.full_layers >= 1 && options.full_layers < layers, "full_layers (",
@@ -121,7 +123,8 @@ inline HwfaPlan hwfa2_plan(Index layers, const Hwfa2Options& options, HwfaPhase 
         .position = inference ? HwfaPosition::rerope : HwfaPosition::rope,
         .logn = inference,
         .window = 0,
-        .rerope_window = inference ? options.rerope_window : 0};
+        .rerope_window = inference ? options.rerope_window : 0,
+        .logn_mode = inference ? LognMode::clipped : LognMode::plain};
   }
   return plan;
 }

@@ -2,7 +2,7 @@
 //
 //   q = x W_q + b_q,  k = x W_k + b_k,  v = x W_v + b_v           W_q D x (H d), W_k and W_v D x (KV d), in x out
 //   q = R(pos) norm(q),  k = R(pos) norm(k)                       norm before rotation; either may be off
-//   y = attention(q, k, v) W_o + b_o                              W_o (H d) x D, causal, window, soft-cap, sinks
+//   y = attention(q, k, v) W_o + b_o                              W_o (H d) x D, causal, window, soft-cap, sinks, log-n
 //
 //   const Mha<float> layer({.heads = 8, .kv_heads = 2, .head_dim = 64});      // options and rotary table, made once
 //   mha_forward(layer, weights, x, y, saved, {.cu_seqlens = cu});
@@ -13,175 +13,56 @@
 // Several sequences packed in x are told apart by cu_seqlens; positions start anew (at first_position) in each.
 // Chunked steps give the rows of the full pass.  mha_step allocates nothing once state has seen its largest chunk and the cache
 // its capacity.  W_q, W_k, W_v are separate: optimisers such as Muon treat them so, and checkpoints store them so.
+// Relative positions that stop growing (ReRoPE and its kin): mha_rerope.hpp makes such a layer, everything else stays.
 // Sources: arXiv 1706.03762, 1911.02150, 2305.13245; q/k norm as in Qwen3 (rms_head) and OLMo 2 (rms_full); arXiv 2302.05442.
 #pragma once
 
 #include <eigenblocks/attention/decode.hpp>
-#include <eigenblocks/attention/varlen.hpp>
+#include <eigenblocks/attention/mha_options.hpp>
+#include <eigenblocks/attention/rerope_cache.hpp>
+#include <eigenblocks/attention/scale.hpp>
 #include <eigenblocks/nn/linear.hpp>
 #include <eigenblocks/nn/norm.hpp>
-#include <eigenblocks/position/rope.hpp>
-
-#include <optional>
-#include <span>
 
 EIGENBLOCKS_NAMESPACE_BEGIN
-
-/// none; rms_head: each head's d channels, one gain [d] for all heads; rms_full: the whole row, gain [H d] and [KV d].
-enum class QkNorm { none, rms_head, rms_full };
-
-struct MhaOptions {
-  Index heads = 1;
-  Index kv_heads = 0;  ///< 0 means heads
-  Index head_dim = 1;  ///< d; need not be D / heads
-  QkNorm qk_norm = QkNorm::none;
-  double norm_eps = 1e-6;
-  double rope_base = 10000.0;                 ///< 0 switches rotary positions off (NoPE)
-  Index rotary_dim = 0;                       ///< rotated channels of a head; 0 means all
-  RopeLayout rope_layout = RopeLayout::half;  ///< as transformers' Llama, Qwen, Mistral
-  Index window_left = -1;  ///< -1 is unbounded; transformers' sliding_window W is W - 1
-  double soft_cap = 0;     ///< 0 is off
-  std::optional<double> scale = std::nullopt;  ///< default 1/sqrt(head_dim)
-};
-
-/// Parameters, or their gradients.  Vectors of size 0 are absent.
-template <RealScalar S>
-struct MhaWeights {
-  Matrix<S> w_q, w_k, w_v, w_o;
-  Vector<S> b_q, b_k, b_v, b_o;
-  Vector<S> q_norm, k_norm;
-  Vector<S> sinks;
-};
-
-/// Options, validated, with what is made from them once.  Immutable: threads share it.
-template <RealScalar S>
-class Mha {
- public:
-  /// Errors: heads, kv_heads, head_dim < 1; kv_heads not dividing heads; rotary_dim odd or larger than head_dim; rope_base
-  /// negative; soft_cap negative; window_left < -1; scale not finite.  frequencies replaces the plain ones of rope_base.
-  explicit Mha(const MhaOptions& options, const RotaryFrequencies* frequencies = nullptr,
-               Index positions = 4096)
-      : options_(options) {
-    if (options_.kv_heads == 0) options_.kv_heads = options_.heads;
-    if (options_.rotary_dim == 0) options_.rotary_dim = options_.head_dim;
-    const MhaOptions& o = options_;
-    detail::require(o.heads >= 1 && o.kv_heads >= 1, "heads (", o.heads, ") and kv_heads (",
-                    o.kv_heads, ") must be at least 1");
-    detail::require(o.heads % o.kv_heads == 0, "kv_heads (", o.kv_heads, ") must divide heads (",
-                    o.heads, ")");
-    detail::require(o.head_dim >= 1, "head_dim (", o.head_dim, ") must be at least 1");
-    detail::require(o.window_left >= -1, "window_left (", o.window_left,
-                    ") must be -1 (unbounded) or >= 0");
-    detail::require(o.rope_base >= 0, "rope_base (", o.rope_base,
-                    ") must be positive, or 0 for no rotary positions");
-    detail::require(!o.scale || std::isfinite(*o.scale), "scale (", o.scale.value_or(0),
-                    ") must be finite");
-    soft_cap(o.soft_cap);
-    if (o.rope_base > 0 || frequencies != nullptr) {
-      detail::require(o.rotary_dim <= o.head_dim, "rotary_dim (", o.rotary_dim,
-                      ") must be at most head_dim (", o.head_dim, ")");
-      table_.emplace(frequencies ? *frequencies : rope_frequencies(o.rotary_dim, o.rope_base),
-                     o.rope_layout, positions);
-      detail::require(table_->rotary_dim() <= o.head_dim, "the frequencies turn ",
-                      table_->rotary_dim(), " channels, head_dim is ", o.head_dim);
-    }
-  }
-
-  const MhaOptions& options() const { return options_; }
-  /// Null without rotary positions.
-  const RotaryTable<S>* rotary() const { return table_ ? &*table_ : nullptr; }
-
-  AttentionShape shape() const {
-    AttentionShape shape;
-    shape.heads = options_.heads;
-    shape.kv_heads = options_.kv_heads;
-    shape.scale = options_.scale;
-    return shape;
-  }
-
-  /// f(rule) with the attention rule of the layer.
-  template <class F>
-  void with_rule(F&& f) const {
-    constexpr Index kUnbounded = Index{1} << 60;
-    const auto mask =
-        causal() & window_left(options_.window_left < 0 ? kUnbounded : options_.window_left);
-    if (options_.soft_cap > 0) {
-      f(attention_rule(mask, soft_cap(options_.soft_cap)));
-    } else {
-      f(attention_rule(mask));
-    }
-  }
-
- private:
-  MhaOptions options_;
-  std::optional<RotaryTable<S>> table_;
-};
-
-/// Which rows belong together, and where they stand.
-struct MhaBatch {
-  std::span<const Index> cu_seqlens =
-      {};  ///< cumulative lengths from 0 to the number of rows; empty: one sequence
-  Index first_position = 0;  ///< position of the first row of each sequence
-};
 
 /// What the backward needs; its buffers are reused when the same object is passed again.
 template <RealScalar S>
 struct MhaSaved {
   Matrix<S> q_raw, k_raw;  ///< projections before the norm; empty without one
   Vector<S> q_rstd, k_rstd;
-  Matrix<S> q, k, v;   ///< as attended to: after norm and rotation
-  Matrix<S> attended;  ///< concatenated heads, before W_o
+  Matrix<S> q, k, v;  ///< as attended to: after norm and rotation (a position policy rotates later)
+  Vector<S> row_scale;  ///< log-n factors; empty without
+  Matrix<S> attended;   ///< concatenated heads, before W_o
   AttentionSaved<S> attention;
 };
 
 namespace detail {
 
 template <RealScalar S>
-void require_mha_weights(const Mha<S>& layer, const MhaWeights<S>& w, Index width) {
-  const MhaOptions& o = layer.options();
-  const Index q = o.heads * o.head_dim, kv = o.kv_heads * o.head_dim;
-  require_shape("w_q", w.w_q.rows(), w.w_q.cols(), width, q, "columns of x, heads * head_dim");
-  require_shape("w_k", w.w_k.rows(), w.w_k.cols(), width, kv, "columns of x, kv_heads * head_dim");
-  require_shape("w_v", w.w_v.rows(), w.w_v.cols(), width, kv, "columns of x, kv_heads * head_dim");
-  require_shape("w_o", w.w_o.rows(), w.w_o.cols(), q, width, "heads * head_dim, columns of x");
-  const auto optional = [](const char* name, const Vector<S>& v, Index size, const char* meaning) {
-    if (v.size() != 0) require_size(name, v.size(), size, meaning);
-  };
-  optional("b_q", w.b_q, q, "heads * head_dim, or none");
-  optional("b_k", w.b_k, kv, "kv_heads * head_dim, or none");
-  optional("b_v", w.b_v, kv, "kv_heads * head_dim, or none");
-  optional("b_o", w.b_o, width, "columns of x, or none");
-  optional("sinks", w.sinks, o.heads, "heads, or none");
-  if (o.qk_norm == QkNorm::rms_head) {
-    require_size("q_norm", w.q_norm.size(), o.head_dim, "head_dim, shared by the heads");
-    require_size("k_norm", w.k_norm.size(), o.head_dim, "head_dim, shared by the heads");
-  } else if (o.qk_norm == QkNorm::rms_full) {
-    require_size("q_norm", w.q_norm.size(), q, "heads * head_dim");
-    require_size("k_norm", w.k_norm.size(), kv, "kv_heads * head_dim");
-  }
-}
-
-inline void require_batch(const MhaBatch& batch, Index rows) {
-  if (!batch.cu_seqlens.empty()) require_cumulative("cu_seqlens", batch.cu_seqlens, rows, "x");
-}
-
-/// f(first row, rows) for every sequence.
-template <class F>
-void for_each_batch_part(const MhaBatch& batch, Index rows, F&& f) {
-  if (batch.cu_seqlens.empty()) {
-    f(Index{0}, rows);
-    return;
-  }
-  for (std::size_t b = 0; b + 1 < batch.cu_seqlens.size(); ++b) {
-    f(batch.cu_seqlens[b], batch.cu_seqlens[b + 1] - batch.cu_seqlens[b]);
-  }
-}
-
-template <RealScalar S>
-AttentionTensors<S> mha_tensors(const MhaWeights<S>& weights) {
+AttentionTensors<S> mha_tensors(const MhaWeights<S>& weights, const Vector<S>& row_scale) {
   AttentionTensors<S> tensors;
   if (weights.sinks.size() != 0) tensors.sinks = &weights.sinks;
+  if (row_scale.size() != 0) tensors.row_scale = &row_scale;
   return tensors;
+}
+
+/// Log-n factors of every sequence's rows, of which `before` tokens are already cached.
+template <RealScalar S>
+void mha_row_scale(const Mha<S>& layer, const MhaBatch& batch, Index rows, Index before,
+                   Vector<S>& scale) {
+  const MhaOptions& o = layer.options();
+  scale.resize(o.logn_length == 0 ? 0 : rows);
+  if (scale.size() == 0) return;
+  const ScaleRule rule = o.logn == LognMode::clipped ? ScaleRule::log_n_clamped : ScaleRule::log_n;
+  for_each_batch_part(batch, rows, [&](Index first, Index count) {
+    for (Index t = 0; t < count; ++t) {
+      Index seen = before + t + 1;
+      if (o.window_left >= 0) seen = std::min(seen, o.window_left + 1);
+      scale[first + t] = static_cast<S>(
+          attention_scale(rule, static_cast<double>(seen), 1, static_cast<double>(o.logn_length)));
+    }
+  });
 }
 
 /// y = x W, plus b unless it is empty.
@@ -214,7 +95,7 @@ void mha_position(const Mha<S>& layer, const Vector<S>& gain, Index heads, Matri
     rstd.resize(x.rows() * norm.heads);
     rms_norm_forward(raw, gain, x, rstd, norm, executor);
   }
-  if (layer.rotary() == nullptr) return;
+  if (layer.rotary() == nullptr || layer.relative() != nullptr) return;
   for_each_batch_part(batch, x.rows(), [&](Index first, Index rows) {
     rope_in_place(x.middleRows(first, rows), batch.first_position, *layer.rotary(),
                   {.heads = heads}, executor);
@@ -245,7 +126,7 @@ void mha_position_backward(const Mha<S>& layer, const Vector<S>& gain, Index hea
                            const Matrix<S>& raw, const Vector<S>& rstd, Matrix<S>& dx,
                            Vector<S>& dgain, const MhaBatch& batch, ExecutorRef executor) {
   const MhaOptions& o = layer.options();
-  if (layer.rotary() != nullptr) {
+  if (layer.rotary() != nullptr && layer.relative() == nullptr) {
     for_each_batch_part(batch, dx.rows(), [&](Index first, Index rows) {
       rope_backward_in_place(dx.middleRows(first, rows), batch.first_position, *layer.rotary(),
                              {.heads = heads}, executor);
@@ -258,6 +139,48 @@ void mha_position_backward(const Mha<S>& layer, const Vector<S>& gain, Index hea
   }
   const RmsNormOptions norm{.eps = o.norm_eps, .heads = o.qk_norm == QkNorm::rms_head ? heads : 1};
   rms_norm_backward(raw, gain, rstd, dx, dx, dgain, norm, executor);
+}
+
+/// saved.attended and saved.attention from saved.q, k, v.
+template <RealScalar S>
+void mha_attend(const Mha<S>& layer, const MhaWeights<S>& weights, MhaSaved<S>& saved,
+                const MhaBatch& batch, ExecutorRef executor) {
+  mha_row_scale(layer, batch, saved.q.rows(), 0, saved.row_scale);
+  if (layer.operations() != nullptr) {
+    layer.operations()->forward(layer, weights, saved, batch, executor);
+    return;
+  }
+  const Index whole[] = {0, saved.q.rows()};
+  const std::span<const Index> cu =
+      batch.cu_seqlens.empty() ? std::span<const Index>(whole) : batch.cu_seqlens;
+  layer.with_rule([&](const auto& rule) {
+    saved.attention =
+        attention_varlen_forward(saved.q, saved.k, saved.v, cu, cu, saved.attended, layer.shape(),
+                                 rule, mha_tensors(weights, saved.row_scale), executor);
+  });
+}
+
+/// dq, dk, dv and dweights.sinks from dattended, all overwritten.
+template <RealScalar S>
+void mha_attend_backward(const Mha<S>& layer, const MhaWeights<S>& weights,
+                         const MhaSaved<S>& saved, const Matrix<S>& dattended, Matrix<S>& dq,
+                         Matrix<S>& dk, Matrix<S>& dv, MhaWeights<S>& dweights,
+                         const MhaBatch& batch, ExecutorRef executor) {
+  if (layer.operations() != nullptr) {
+    layer.operations()->backward(layer, weights, saved, dattended, dq, dk, dv, dweights, batch,
+                                 executor);
+    return;
+  }
+  AttentionTensorGradients<S> gradients;
+  if (weights.sinks.size() != 0) gradients.sinks = &dweights.sinks;
+  const Index whole[] = {0, saved.q.rows()};
+  const std::span<const Index> cu =
+      batch.cu_seqlens.empty() ? std::span<const Index>(whole) : batch.cu_seqlens;
+  layer.with_rule([&](const auto& rule) {
+    attention_varlen_backward(saved.attention, saved.q, saved.k, saved.v, cu, cu, saved.attended,
+                              dattended, dq, dk, dv, layer.shape(), rule,
+                              mha_tensors(weights, saved.row_scale), &gradients, executor);
+  });
 }
 
 }  // namespace detail
@@ -273,14 +196,7 @@ void mha_forward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& w
   detail::require_shape("y", y.rows(), y.cols(), rows, x.cols(), "shape of x");
   detail::require_batch(batch, rows);
   detail::mha_project(layer, weights, x, saved, batch, executor);
-  const Index whole[] = {0, rows};
-  const std::span<const Index> cu =
-      batch.cu_seqlens.empty() ? std::span<const Index>(whole) : batch.cu_seqlens;
-  layer.with_rule([&](const auto& rule) {
-    saved.attention =
-        attention_varlen_forward(saved.q, saved.k, saved.v, cu, cu, saved.attended, layer.shape(),
-                                 rule, detail::mha_tensors(weights), executor);
-  });
+  detail::mha_attend(layer, weights, saved, batch, executor);
   detail::project(saved.attended, weights.w_o, weights.b_o, y, executor);
 }
 
@@ -316,16 +232,8 @@ void mha_backward(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& 
   linear_backward_input(dy, weights.w_o, dattended, executor);
   detail::project_backward(saved.attended, dy, dweights.w_o, dweights.b_o, executor);
   Matrix<S> dq(rows, saved.q.cols()), dk(rows, saved.k.cols()), dv(rows, saved.v.cols());
-  AttentionTensorGradients<S> gradients;
-  if (weights.sinks.size() != 0) gradients.sinks = &dweights.sinks;
-  const Index whole[] = {0, rows};
-  const std::span<const Index> cu =
-      batch.cu_seqlens.empty() ? std::span<const Index>(whole) : batch.cu_seqlens;
-  layer.with_rule([&](const auto& rule) {
-    attention_varlen_backward(saved.attention, saved.q, saved.k, saved.v, cu, cu, saved.attended,
-                              dattended, dq, dk, dv, layer.shape(), rule,
-                              detail::mha_tensors(weights), &gradients, executor);
-  });
+  detail::mha_attend_backward(layer, weights, saved, dattended, dq, dk, dv, dweights, batch,
+                              executor);
   detail::mha_position_backward(layer, weights.q_norm, o.heads, saved.q_raw, saved.q_rstd, dq,
                                 dweights.q_norm, batch, executor);
   detail::mha_position_backward(layer, weights.k_norm, o.kv_heads, saved.k_raw, saved.k_rstd, dk,
@@ -344,22 +252,59 @@ struct MhaState {
   KvCache<S> cache;
   MhaSaved<S> scratch;       ///< buffers of the projections, reused from call to call
   Index first_position = 0;  ///< position of the first token, where rotation starts to count
+  std::optional<ReropeCache<S>> rerope = std::nullopt;  ///< in the place of cache under a policy
 
-  Index size() const { return cache.size(); }
-  void truncate(Index n) { cache.truncate(n); }
-  Index bytes_per_token() const { return cache.bytes_per_token(); }
+  Index size() const { return rerope ? rerope->size() : cache.size(); }
+  void truncate(Index n) { rerope ? rerope->truncate(n) : cache.truncate(n); }
+  Index bytes_per_token() const {
+    return rerope ? rerope->bytes_per_token() : cache.bytes_per_token();
+  }
+  /// Bytes held in all.
+  std::size_t bytes() const { return rerope ? rerope->bytes() : cache.bytes(); }
 };
 
-/// An empty state with room for `capacity` tokens; a layer with a window keeps only what the window can see.
+namespace detail {
+
+/// Attention under a position policy, behind pointers: programs without one do not compile its kernels.
 template <RealScalar S>
-MhaState<S> mha_state(const Mha<S>& layer, Index capacity = 0, Index first_position = 0) {
+struct MhaRelative {
+  void (*forward)(const Mha<S>&, const MhaWeights<S>&, MhaSaved<S>&, const MhaBatch&, ExecutorRef);
+  void (*backward)(const Mha<S>&, const MhaWeights<S>&, const MhaSaved<S>&,
+                   const Matrix<S>& dattended, Matrix<S>& dq, Matrix<S>& dk, Matrix<S>& dv,
+                   MhaWeights<S>& dweights, const MhaBatch&, ExecutorRef);
+  void (*step)(const Mha<S>&, const MhaWeights<S>&, MhaState<S>&, ExecutorRef);
+};
+
+/// The state has the kind of cache the layer needs: a ring must not be shorter than the layer's window.
+template <RealScalar S>
+void require_mha_state(const Mha<S>& layer, const MhaState<S>& state) {
+  require((layer.relative() != nullptr) == state.rerope.has_value(), "the state is ",
+          state.rerope ? "" : "not ", "one of a layer with a position policy, the layer is ",
+          layer.relative() ? "one" : "not");
+  const Index kept = state.cache.options().window, window = layer.options().window_left;
+  require(kept < 0 || (window >= 0 && window <= kept), "the state keeps a window of ", kept,
+          ", the layer's window_left is ", window);
+}
+
+}  // namespace detail
+
+/// An empty state with room for `capacity` tokens; a layer with a window keeps only what the window can see, and room for
+/// `chunk` tokens taken at once (KvCacheOptions).  Under a position policy all tokens stay.
+template <RealScalar S>
+MhaState<S> mha_state(const Mha<S>& layer, Index capacity = 0, Index first_position = 0,
+                      Index chunk = KvCacheOptions{}.chunk) {
   const MhaOptions& o = layer.options();
-  return {.cache = KvCache<S>({.kv_heads = o.kv_heads,
-                               .head_dim = o.head_dim,
-                               .capacity = capacity,
-                               .window = o.window_left}),
-          .scratch = {},
-          .first_position = first_position};
+  KvCacheOptions cache{.kv_heads = o.kv_heads, .head_dim = o.head_dim, .capacity = capacity};
+  MhaState<S> state;
+  state.first_position = first_position;
+  if (layer.relative() != nullptr) {
+    state.rerope.emplace(*layer.relative(), cache);
+  } else {
+    cache.window = o.window_left;
+    cache.chunk = chunk;
+    state.cache = KvCache<S>(cache);
+  }
+  return state;
 }
 
 /// The rows that follow what the state has seen; y is rows x D.  On an error nothing is changed.
@@ -370,14 +315,20 @@ void mha_step(const Mha<scalar_t<X>>& layer, const MhaWeights<scalar_t<X>>& weig
   const Index rows = x.rows();
   detail::require_mha_weights(layer, weights, x.cols());
   detail::require_shape("y", y.rows(), y.cols(), rows, x.cols(), "shape of x");
-  state.cache.require_room(rows);
+  detail::require_mha_state(layer, state);
+  (state.rerope ? state.rerope->far() : state.cache).require_room(rows);
   MhaSaved<scalar_t<X>>& s = state.scratch;
-  detail::mha_project(layer, weights, x, s,
-                      {.first_position = state.first_position + state.cache.size()}, executor);
-  layer.with_rule([&](const auto& rule) {
-    attention_step(state.cache, s.q, s.k, s.v, s.attended, layer.shape(), rule,
-                   detail::mha_tensors(weights), executor);
-  });
+  const MhaBatch next{.first_position = state.first_position + state.size()};
+  detail::mha_project(layer, weights, x, s, next, executor);
+  detail::mha_row_scale(layer, next, rows, state.size(), s.row_scale);
+  if (layer.operations() != nullptr) {
+    layer.operations()->step(layer, weights, state, executor);
+  } else {
+    layer.with_rule([&](const auto& rule) {
+      attention_step(state.cache, s.q, s.k, s.v, s.attended, layer.shape(), rule,
+                     detail::mha_tensors(weights, s.row_scale), executor);
+    });
+  }
   detail::project(s.attended, weights.w_o, weights.b_o, y, executor);
 }
 

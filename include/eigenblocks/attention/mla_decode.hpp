@@ -18,8 +18,8 @@
 #pragma once
 
 #include <eigenblocks/attention/mla_cache.hpp>
-#include <eigenblocks/attention/tile.hpp>
 #include <eigenblocks/core/parallel.hpp>
+#include <eigenblocks/core/tile.hpp>
 
 #include <cmath>
 #include <limits>

@@ -15,7 +15,7 @@
 #pragma once
 
 #include <eigenblocks/attention/mask.hpp>
-#include <eigenblocks/attention/tile.hpp>
+#include <eigenblocks/core/tile.hpp>
 
 #include <algorithm>
 

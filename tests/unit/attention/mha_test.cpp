@@ -1,3 +1,4 @@
+#include "mha_case.hpp"
 #include "support/layer_checks.hpp"
 
 #include <eigenblocks/attention/mha.hpp>
@@ -53,7 +54,7 @@ Matrix<double> forward(const eb::Mha<double>& layer, const eb::MhaWeights<double
                        const Matrix<double>& x, const eb::MhaBatch& batch = {}) {
   Matrix<double> y(x.rows(), x.cols());
   eb::MhaSaved<double> saved;
-  eb::mha_forward(layer, w, x, y, saved, batch);
+  mha_case::forward(layer, w, x, y, saved, batch);
   return y;
 }
 
@@ -90,8 +91,8 @@ TEST_CASE("mha: every gradient equals central differences") {
     Matrix<double> y(7, kWidth), dx(7, kWidth);
     eb::MhaSaved<double> saved;
     eb::MhaWeights<double> g;
-    eb::mha_forward(layer, w, x, y, saved, batch);
-    eb::mha_backward(layer, w, saved, x, upstream, dx, g, batch);
+    mha_case::forward(layer, w, x, y, saved, batch);
+    mha_case::backward(layer, w, saved, x, upstream, dx, g, batch);
     const auto loss = [&] {
       return (forward(layer, w, x, batch).array() * upstream.array()).sum();
     };
@@ -126,7 +127,7 @@ TEST_CASE("mha: steps of any size give the rows of the full pass") {
       Matrix<double> y(41, kWidth);
       for (Index t = 0; t < 41; t += chunk) {
         const Index n = std::min<Index>(chunk, 41 - t);
-        eb::mha_step(layer, w, state, x.middleRows(t, n), y.middleRows(t, n));
+        mha_case::step(layer, w, state, x.middleRows(t, n), y.middleRows(t, n));
       }
       CHECK(largest_difference(y, full) < kSame);
       CHECK(state.size() == 41);
@@ -140,15 +141,15 @@ TEST_CASE("mha: a snapshot and a rollback continue as if nothing had happened") 
   const Matrix<double> x = random_rows(12, 7), full = forward(layer, w, x);
   eb::MhaState<double> state = eb::mha_state(layer, 12);
   Matrix<double> y(12, kWidth);
-  eb::mha_step(layer, w, state, x.topRows(8), y.topRows(8));
+  mha_case::step(layer, w, state, x.topRows(8), y.topRows(8));
   const eb::MhaState<double> snapshot = state;
-  eb::mha_step(layer, w, state, random_rows(3, 8), y.middleRows(8, 3));  // a wrong guess
+  mha_case::step(layer, w, state, random_rows(3, 8), y.middleRows(8, 3));  // a wrong guess
   state.truncate(8);
   CHECK(state.cache == snapshot.cache);
-  eb::mha_step(layer, w, state, x.bottomRows(4), y.bottomRows(4));
+  mha_case::step(layer, w, state, x.bottomRows(4), y.bottomRows(4));
   CHECK(largest_difference(y, full) < kSame);
   state = snapshot;
-  eb::mha_step(layer, w, state, x.bottomRows(4), y.bottomRows(4));
+  mha_case::step(layer, w, state, x.bottomRows(4), y.bottomRows(4));
   CHECK(largest_difference(y, full) < kSame);
 }
 
@@ -189,8 +190,8 @@ TEST_CASE("mha: executors do not change a bit") {
     eb::MhaSaved<double> saved;
     y.resize(150, kWidth);
     dx.resize(150, kWidth);
-    eb::mha_forward(layer, w, x, y, saved, {}, executor);
-    eb::mha_backward(layer, w, saved, x, dy, dx, g, {}, executor);
+    mha_case::forward(layer, w, x, y, saved, {}, executor);
+    mha_case::backward(layer, w, saved, x, dy, dx, g, {}, executor);
   };
   Matrix<double> y, dx;
   eb::MhaWeights<double> g;
@@ -215,7 +216,7 @@ TEST_CASE("mha: no rows") {
   CHECK(forward(layer, w, Matrix<double>(0, kWidth)).rows() == 0);
   eb::MhaState<double> state = eb::mha_state(layer);
   Matrix<double> none(0, kWidth);
-  eb::mha_step(layer, w, state, none, none);
+  mha_case::step(layer, w, state, none, none);
   CHECK(state.size() == 0);
 }
 
@@ -268,7 +269,7 @@ TEST_CASE("mha: bad options and shapes are named") {
       .cache = eb::KvCache<double>({.kv_heads = 2, .head_dim = 6, .capacity = 2, .fixed = true}),
       .scratch = {}};
   Matrix<double> y(3, kWidth);
-  check_throws<std::length_error>([&] { eb::mha_step(layer, good, state, x, y); },
+  check_throws<std::length_error>([&] { mha_case::step(layer, good, state, x, y); },
                                   "KvCache: 0 tokens and 3 more exceed the fixed capacity 2");
   CHECK(state.size() == 0);
 }

@@ -1,5 +1,6 @@
 // Most of the contract is checked by the compiler: which operands bind without a copy, which are refused.
 #include <eigenblocks/attention/cache.hpp>
+#include <eigenblocks/attention/quantized_cache.hpp>
 #include <eigenblocks/core/random.hpp>
 #include <eigenblocks/core/types.hpp>
 #include <eigenblocks/core/workspace.hpp>
@@ -51,7 +52,8 @@ static_assert(std::same_as<scalar_t<const Matrix<float>&>, float>);
 
 // States are regular values: default, copy, move, assign, compare.
 static_assert(std::regular<KvCache<float>> && std::regular<KvCache<Eigen::half>>);
-static_assert(std::regular<KvCacheOptions> && std::regular<Random>);
+static_assert(std::regular<KvCacheOptions> && std::regular<QuantizedKvCache> &&
+              std::regular<Random>);
 static_assert(std::copyable<Workspace>);
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The register-blocked loops and the packing around them, each against the loop it stands for.
-#include <eigenblocks/attention/tile.hpp>
 #include <eigenblocks/core/random.hpp>
+#include <eigenblocks/core/tile.hpp>
 
 #include <doctest/doctest.h>
 
