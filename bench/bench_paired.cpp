@@ -28,7 +28,7 @@ using namespace paired;
 
 Make find_op(const std::string& name, const std::string& dtype) {
   std::string known;
-  for (const std::span<const Op> ops : {attention_ops(), row_ops()}) {
+  for (const std::span<const Op> ops : {attention_ops(), row_ops(), sequence_ops()}) {
     for (const Op& op : ops) {
       known += std::string(" ") + op.name;
       if (name != op.name) continue;

@@ -73,5 +73,6 @@ struct Op {
 
 std::span<const Op> attention_ops();
 std::span<const Op> row_ops();
+std::span<const Op> sequence_ops();
 
 }  // namespace paired

@@ -25,11 +25,6 @@ std::map<std::string, int, std::less<>> later_ops() {
     int issue;
     const char* ops;
   } kLater[] = {
-      {7,
-       "hippo_matrix hippo_reconstruct discretize legs_structured legs_online lti_scan scan_diag "
-       "scan_diag_complex scan_dense rfft causal_conv nplr s4_kernel s4_ssm s4d_kernel s4d_ssm "
-       "s4d_init s5 rtf_kernel ss_to_tf lru lru_init selective_scan ssd rnn_tanh "
-       "deer_rnn_tanh elk_rnn_tanh gru deer_gru"},
       {8,
        "train bnlm encode encode_bytes encode_long decode segment nfc lattice lattice_long "
        "sample_legacy sp_encode sp_lattice"},
@@ -68,6 +63,13 @@ golden::Registry all_ops() {
   register_optim_structured(registry);
   register_quantize_losses(registry);
   register_vq(registry);
+  register_scan(registry);
+  register_fft(registry);
+  register_hippo(registry);
+  register_s4(registry);
+  register_lru(registry);
+  register_rnn(registry);
+  register_selective_scan(registry);
   return registry;
 }
 

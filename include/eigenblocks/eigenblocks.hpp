@@ -47,13 +47,22 @@
 #include <eigenblocks/attention/vq_reference.hpp>
 #include <eigenblocks/attention/vq_tiles.hpp>
 
+#include <eigenblocks/core/complex.hpp>
 #include <eigenblocks/core/config.hpp>
+#include <eigenblocks/core/convolution.hpp>
+#include <eigenblocks/core/convolution_kernel.hpp>
 #include <eigenblocks/core/error.hpp>
+#include <eigenblocks/core/fft.hpp>
+#include <eigenblocks/core/fft_kernel.hpp>
+#include <eigenblocks/core/fft_lanes.hpp>
 #include <eigenblocks/core/gradcheck.hpp>
 #include <eigenblocks/core/math.hpp>
 #include <eigenblocks/core/parallel.hpp>
 #include <eigenblocks/core/product.hpp>
 #include <eigenblocks/core/random.hpp>
+#include <eigenblocks/core/scan.hpp>
+#include <eigenblocks/core/scan_dense.hpp>
+#include <eigenblocks/core/scan_lanes.hpp>
 #include <eigenblocks/core/simd.hpp>
 #include <eigenblocks/core/softmax.hpp>
 #include <eigenblocks/core/thread_pool.hpp>
@@ -66,6 +75,7 @@
 #include <eigenblocks/loss/linear_cross_entropy.hpp>
 
 #include <eigenblocks/nn/activation.hpp>
+#include <eigenblocks/nn/conv1d.hpp>
 #include <eigenblocks/nn/embedding.hpp>
 #include <eigenblocks/nn/glu.hpp>
 #include <eigenblocks/nn/linear.hpp>
@@ -88,5 +98,37 @@
 #include <eigenblocks/position/rope.hpp>
 #include <eigenblocks/position/rope_nd.hpp>
 #include <eigenblocks/position/xpos.hpp>
+
+#include <eigenblocks/ssm/basis.hpp>
+#include <eigenblocks/ssm/deer.hpp>
+#include <eigenblocks/ssm/deer_sweep.hpp>
+#include <eigenblocks/ssm/diagonal_mimo.hpp>
+#include <eigenblocks/ssm/discretize.hpp>
+#include <eigenblocks/ssm/elk.hpp>
+#include <eigenblocks/ssm/gru.hpp>
+#include <eigenblocks/ssm/gru_cell.hpp>
+#include <eigenblocks/ssm/hippo.hpp>
+#include <eigenblocks/ssm/kernel_layer.hpp>
+#include <eigenblocks/ssm/legs.hpp>
+#include <eigenblocks/ssm/legs_structure.hpp>
+#include <eigenblocks/ssm/lru.hpp>
+#include <eigenblocks/ssm/nplr.hpp>
+#include <eigenblocks/ssm/rational.hpp>
+#include <eigenblocks/ssm/recurrence.hpp>
+#include <eigenblocks/ssm/recurrent_cell.hpp>
+#include <eigenblocks/ssm/rnn.hpp>
+#include <eigenblocks/ssm/s4.hpp>
+#include <eigenblocks/ssm/s4_cauchy.hpp>
+#include <eigenblocks/ssm/s4_discrete.hpp>
+#include <eigenblocks/ssm/s4_kernel.hpp>
+#include <eigenblocks/ssm/s4d.hpp>
+#include <eigenblocks/ssm/s4d_kernel.hpp>
+#include <eigenblocks/ssm/s5.hpp>
+#include <eigenblocks/ssm/s5_init.hpp>
+#include <eigenblocks/ssm/selective_scan.hpp>
+#include <eigenblocks/ssm/selective_scan_backward.hpp>
+#include <eigenblocks/ssm/selective_scan_tiles.hpp>
+#include <eigenblocks/ssm/ssd.hpp>
+#include <eigenblocks/ssm/ssd_tiles.hpp>
 
 #include <eigenblocks/version.hpp>

@@ -439,3 +439,10 @@ void register_rope_frequencies(golden::Registry& registry);  // golden_ops/rope_
 void register_optim_structured(golden::Registry& registry);  // golden_ops/optim_structured.cpp
 void register_quantize_losses(golden::Registry& registry);   // golden_ops/quantize_losses.cpp
 void register_vq(golden::Registry& registry);                // golden_ops/vq.cpp
+void register_scan(golden::Registry& registry);              // golden_ops/scan.cpp
+void register_fft(golden::Registry& registry);               // golden_ops/fft.cpp
+void register_hippo(golden::Registry& registry);             // golden_ops/hippo.cpp
+void register_s4(golden::Registry& registry);                // golden_ops/s4.cpp
+void register_lru(golden::Registry& registry);               // golden_ops/lru.cpp
+void register_rnn(golden::Registry& registry);               // golden_ops/rnn.cpp
+void register_selective_scan(golden::Registry& registry);    // golden_ops/selective_scan.cpp
