@@ -74,12 +74,12 @@ TEST_CASE("every chunking equals the full pass under the mask") {
 }
 
 TEST_CASE("positions past several splits of 1024, and the rule's own window") {
-  const Problem p(self(2300));
-  eb::KvCache<double> cache(cache_options(p, {.window = 1300, .chunk = 700, .sinks = 3}));
-  const auto chunk = [](Index t) { return t < 2200 ? Index{550} : t < 2290 ? 30 : 1; };
-  const Outcome<double> want = oracle(p, {kept(3, 1300)});
+  const Problem p(self(1500));
+  eb::KvCache<double> cache(cache_options(p, {.window = 1050, .chunk = 350, .sinks = 3}));
+  const auto chunk = [](Index t) { return t < 1200 ? Index{300} : t < 1470 ? 30 : 1; };
+  const Outcome<double> want = oracle(p, {kept(3, 1050)});
   CHECK(difference(step_through<double>(p, cache, kCausal, chunk), want.out) < 1e-13);
-  CHECK(cache.first() == 2300 - cache.ring_slots());
+  CHECK(cache.first() == 1500 - cache.ring_slots());
 
   // window_left in the rule hides sinks again: it is the rule's mask AND what the cache keeps.
   const Problem small(self(90));
@@ -92,7 +92,7 @@ TEST_CASE("positions past several splits of 1024, and the rule's own window") {
 }
 
 TEST_CASE("over the cache: rows and log-sum-exp, the same bits for every executor") {
-  const Problem p(self(2300));
+  const Problem p(self(1400));
   eb::KvCache<double> cache(cache_options(p, {.window = 1100, .chunk = 64, .sinks = 5}));
   cache.append(p.k, p.v);
   const Outcome<double> want = oracle(p, {kept(5, 1100)});

@@ -39,7 +39,7 @@ void steps(const Problem& p, State& state, Matrix<double>& out, Index begin, Ind
 }
 
 double difference(const Matrix<double>& a, const Matrix<double>& b) {
-  return a.size() == 0 ? 0 : (a - b).cwiseAbs().maxCoeff();
+  return a.size() == 0 ? 0 : (a - b).cwiseAbs().maxCoeff<Eigen::PropagateNaN>();
 }
 
 /// What the state must hold after all tokens, summed up from the definition.
