@@ -25,9 +25,7 @@ std::map<std::string, int, std::less<>> later_ops() {
     int issue;
     const char* ops;
   } kLater[] = {
-      {8,
-       "train bnlm encode encode_bytes encode_long decode segment nfc lattice lattice_long "
-       "sample_legacy sp_encode sp_lattice"},
+      {8, "sp_encode sp_lattice"},
       {9,
        "vq ste_general vq_ema_update kmeans vq_usage fsq fsq_decode residual_vq simvq emo_loss "
        "emo_soft fourier_pdf fourier_nll fourier_sample simplex_project entmax frank_wolfe "
@@ -73,6 +71,13 @@ golden::Registry all_ops() {
   return registry;
 }
 
+golden::RowRegistry all_rows() {
+  golden::RowRegistry rows;
+  register_tokenize(rows);
+  register_lattice(rows);
+  return rows;
+}
+
 std::vector<std::filesystem::path> golden_directories() {
   const char* listed = std::getenv("EIGENBLOCKS_GOLDEN_DIR");
   std::istringstream text(listed && *listed ? listed : EIGENBLOCKS_SOURCE_DIR "/tests/golden");
@@ -83,7 +88,8 @@ std::vector<std::filesystem::path> golden_directories() {
   return directories;
 }
 
-void list(const golden::Registry& registry, const std::map<std::string, int, std::less<>>& later) {
+void list(const golden::Registry& registry, const golden::RowRegistry& rows,
+          const std::map<std::string, int, std::less<>>& later) {
   for (const auto& [name, op] : registry.ops()) {
     if (op.in_float) {
       std::printf("%s\n", name.c_str());
@@ -91,6 +97,7 @@ void list(const golden::Registry& registry, const std::map<std::string, int, std
       std::printf("%s (double only: %s)\n", name.c_str(), op.double_reason.c_str());
     }
   }
+  for (const auto& [name, handler] : rows.ops()) std::printf("%s (rows)\n", name.c_str());
   for (const auto& [name, issue] : later) std::printf("%s (issue %d)\n", name.c_str(), issue);
 }
 
@@ -103,25 +110,28 @@ int refuse(const std::string& what) {
 
 int run(const std::vector<std::string>& arguments) {
   const golden::Registry registry = all_ops();
+  const golden::RowRegistry rows = all_rows();
   auto later = later_ops();
   // A table that claims what is already done would hide the day its handler gets lost.
-  for (const auto& [name, op] : registry.ops()) {
+  const auto done = [&later](const std::string& name) {
     if (later.erase(name)) {
       std::fprintf(stderr,
                    "golden_runner: op %s has a handler, take it off the table of later ops\n",
                    name.c_str());
     }
-  }
+  };
+  for (const auto& [name, op] : registry.ops()) done(name);
+  for (const auto& [name, handler] : rows.ops()) done(name);
   golden::Options options;
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     if (arguments[i] == "--float") {
       options.in_float = true;
     } else if (arguments[i] == "--list") {
-      list(registry, later);
+      list(registry, rows, later);
       return 0;
     } else if (arguments[i] == "--only" && i + 1 < arguments.size()) {
       const std::string& name = arguments[++i];
-      if (!registry.ops().contains(name) && !later.contains(name))
+      if (!registry.ops().contains(name) && !rows.ops().contains(name) && !later.contains(name))
         return refuse("unknown op " + name);
       options.only.insert(name);
     } else {
@@ -130,10 +140,12 @@ int run(const std::vector<std::string>& arguments) {
   }
   options.directories = golden_directories();
   golden::Runner runner(
-      registry, std::move(later), std::move(options), [](const std::string& line) {
+      registry, std::move(later), std::move(options),
+      [](const std::string& line) {
         std::printf("%s\n", line.c_str());
         std::fflush(stdout);  // a crash in a handler must not swallow the lines before it
-      });
+      },
+      rows);
   return runner.run().failed == 0 ? 0 : 1;
 }
 

@@ -131,4 +131,19 @@
 #include <eigenblocks/ssm/ssd.hpp>
 #include <eigenblocks/ssm/ssd_tiles.hpp>
 
+#include <eigenblocks/token/bytepiece.hpp>
+#include <eigenblocks/token/bytepiece_trainer.hpp>
+#include <eigenblocks/token/lattice.hpp>
+#include <eigenblocks/token/nbest.hpp>
+#include <eigenblocks/token/ngram_model.hpp>
+#include <eigenblocks/token/normalize.hpp>
+#include <eigenblocks/token/sampling.hpp>
+#include <eigenblocks/token/segment.hpp>
+#include <eigenblocks/token/streaming.hpp>
+#include <eigenblocks/token/trie.hpp>
+#include <eigenblocks/token/unigram_model.hpp>
+#include <eigenblocks/token/unigram_weights.hpp>
+#include <eigenblocks/token/utf8.hpp>
+#include <eigenblocks/token/viterbi.hpp>
+
 #include <eigenblocks/version.hpp>

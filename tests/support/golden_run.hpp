@@ -6,12 +6,14 @@
 //   failed    anything else, an unknown op and a file that cannot be read included
 //   skipped   its op belongs to a later issue; or, in the float run, the case cannot be one of float: a value beyond
 //             1e15 or a non-zero one below 1e-30, a file named huge, junk or extreme, an op that is double by nature
-//             (registered with its reason), or a handler that says so
+//             (registered with its reason), a row (rows have no float form), or a handler that says so
 //
-// Included by the runner and by the test that shows it can fail; handlers need golden.hpp only.
+// Included by the runner and by the test that shows it can fail; handlers need golden.hpp, those of rows
+// golden_rows.hpp, only.
 #pragma once
 
 #include "support/golden.hpp"
+#include "support/golden_rows.hpp"
 
 #include <eigenblocks/io/safetensors.hpp>
 
@@ -94,8 +96,9 @@ class Runner {
  public:
   /// `later`: ops without a handler that are not an error yet, each with the issue that brings them.
   Runner(const Registry& registry, std::map<std::string, int, std::less<>> later, Options options,
-         std::function<void(const std::string&)> print)
+         std::function<void(const std::string&)> print, RowRegistry rows = {})
       : registry_(registry),
+        rows_(std::move(rows)),
         later_(std::move(later)),
         options_(std::move(options)),
         print_(std::move(print)) {}
@@ -159,8 +162,12 @@ class Runner {
     } catch (const std::exception& error) {
       return failed(place, {error.what()});
     }
-    const Registry::Op* op = select(fixture.op, place);
-    if (!op) return;
+    if (!select(fixture.op, place)) return;
+    const auto found = registry_.ops().find(fixture.op);
+    if (found == registry_.ops().end()) {
+      return failed(place, {"op " + fixture.op + " is an op of rows, not of files"});
+    }
+    const Registry::Op* op = &found->second;
     if (options_.in_float) {
       if (!op->in_float)
         return skipped(place, fixture.op + " is double by nature: " + op->double_reason);
@@ -204,22 +211,42 @@ class Runner {
         continue;
       }
       const auto op = row["op"].get<std::string>();
-      if (select(op, place)) failed(place, {"op " + op + " is an op of files, not of rows"});
+      if (!select(op, place)) continue;
+      const auto found = rows_.ops().find(op);
+      if (found == rows_.ops().end()) {
+        failed(place, {"op " + op + " is an op of files, not of rows"});
+      } else if (options_.in_float) {
+        skipped(place, "rows have no float form");
+      } else {
+        run_row(Row(row, path.parent_path()), found->second, place);
+      }
     }
   }
 
-  /// The op to run; or nullptr, with the case already counted where it counts.
-  const Registry::Op* select(const std::string& name, const Place& place) {
-    if (!options_.only.empty() && !options_.only.contains(name)) return nullptr;
-    const auto found = registry_.ops().find(name);
-    if (found != registry_.ops().end()) return &found->second;
+  void run_row(Row row, const RowRegistry::Handler& handler, const Place& place) {
+    try {
+      handler(row);
+      row.require_complete();
+    } catch (const std::exception& error) {
+      row.fail(std::string("the handler threw: ") + error.what());
+    } catch (...) {
+      row.fail("the handler threw something that is not a std::exception");
+    }
+    if (!row.failures().empty()) return failed(place, row.failures());
+    ++areas_[place.area].passed;
+  }
+
+  /// Whether there is a handler to run; if not, the case has been counted where it counts.
+  bool select(const std::string& name, const Place& place) {
+    if (!options_.only.empty() && !options_.only.contains(name)) return false;
+    if (registry_.ops().contains(name) || rows_.ops().contains(name)) return true;
     const auto later = later_.find(name);
     if (later == later_.end()) {
       failed(place, {"unknown op " + name});
     } else {
       skipped(place, "ops of issue " + std::to_string(later->second));
     }
-    return nullptr;
+    return false;
   }
 
   static const char* not_for_float(const std::filesystem::path& path, const Fixture& fixture) {
@@ -255,6 +282,7 @@ class Runner {
   }
 
   const Registry& registry_;
+  RowRegistry rows_;
   std::map<std::string, int, std::less<>> later_;
   Options options_;
   std::function<void(const std::string&)> print_;
