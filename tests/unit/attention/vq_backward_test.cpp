@@ -106,8 +106,8 @@ TEST_CASE("finite differences under each convention") {
   for (const VqGradient gradient :
        {VqGradient::through_cache, VqGradient::recent_only, VqGradient::block_only}) {
     for (const bool aggregate : {true, false}) {
-      for (const Index length : {1, 3, 5, 23, 40}) {
-        for (const Index mem_len : {0, 2, 7, 30}) {
+      for (const Index length : {1, 5, 23, 40}) {
+        for (const Index mem_len : {0, 7, 30}) {
           Problem p({23, 2, 2, 2, 3, mem_len}, 21);
           p.options.block_len = length;
           p.options.gradient = gradient;
@@ -116,7 +116,7 @@ TEST_CASE("finite differences under each convention") {
           CAPTURE(aggregate);
           CAPTURE(length);
           CAPTURE(mem_len);
-          check_gradients(p, 60);
+          check_gradients(p, 40);
         }
       }
     }
@@ -126,13 +126,13 @@ TEST_CASE("finite differences under each convention") {
 TEST_CASE("finite differences across several blocks of rows") {
   for (const VqGradient gradient :
        {VqGradient::through_cache, VqGradient::recent_only, VqGradient::block_only}) {
-    for (const Index length : {7, 48, 100}) {
+    for (const Index length : {7, 100}) {
       Problem p({210, 1, 3, 2, 5, 20}, 22);
       p.options.block_len = length;
       p.options.gradient = gradient;
       CAPTURE(static_cast<int>(gradient));
       CAPTURE(length);
-      check_gradients(p, 20);
+      check_gradients(p, 10);
     }
   }
 }
@@ -149,27 +149,27 @@ TEST_CASE("absent biases") {
 }
 
 TEST_CASE("what the conventions have in common and where they differ") {
-  Problem p({64, 1, 3, 2, 4, 4}, 24);
-  const Matrix<double> dout = Matrix<double>::Ones(64, 2) + p.v;
+  Problem p({210, 1, 3, 2, 4, 4}, 24);  // several blocks of rows
+  const Matrix<double> dout = Matrix<double>::Ones(210, 2) + p.v;
   p.options.block_len = 8;
   const Gradients through = backward(p, dout);
   p.options.gradient = VqGradient::recent_only;
   const Gradients recent = backward(p, dout);
   p.options.gradient = VqGradient::block_only;
   const Gradients block = backward(p, dout);
-  CHECK((through.dq - block.dq).norm() < 1e-12);
-  CHECK((through.dbias.r - block.dbias.r).norm() < 1e-12);
-  CHECK((through.dk - recent.dk).norm() < 1e-12);
+  CHECK((through.dq - block.dq).norm() < 1e-11);
+  CHECK((through.dbias.r - block.dbias.r).norm() < 1e-11);
+  CHECK((through.dk - recent.dk).norm() < 1e-11);
   CHECK((through.dv - recent.dv).norm() > 0.1);
   CHECK((recent.dk - block.dk).norm() > 0.01);
   // One block: nothing is in the aggregate, the three are the full straight-through gradient.
-  p.options.block_len = 64;
+  p.options.block_len = 210;
   const Gradients whole = backward(p, dout);
   p.options.gradient = VqGradient::through_cache;
   const Gradients same = backward(p, dout);
-  CHECK((whole.dk - same.dk).norm() < 1e-12);
-  CHECK((whole.dv - same.dv).norm() < 1e-12);
-  CHECK((whole.dv - through.dv).norm() < 1e-12);
+  CHECK((whole.dk - same.dk).norm() < 1e-11);
+  CHECK((whole.dv - same.dv).norm() < 1e-11);
+  CHECK((whole.dv - through.dv).norm() < 1e-11);
   CHECK((whole.dk - through.dk).norm() > 0.01);
 }
 
