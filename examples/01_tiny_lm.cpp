@@ -28,16 +28,11 @@ using namespace example;
 
 double validation_loss(const Llama<float>& model, const LlamaWeights<float>& weights,
                        const Corpus& corpus, Index length) {
-  const Batch batch = validation_batch(corpus, 256, length);
   Llama<float>::Slice slice;
-  double sum = 0;
-  const std::span<const Index> ids(batch.ids), targets(batch.targets);
-  for (std::size_t at = 0; at < ids.size(); at += static_cast<std::size_t>(length)) {
-    const auto n = static_cast<std::size_t>(length);
-    const auto& logits = model.forward(weights, ids.subspan(at, n), {}, slice);
-    sum += eb::cross_entropy(logits, targets.subspan(at, n), {.reduction = eb::Reduction::sum});
-  }
-  return sum / static_cast<double>(ids.size());
+  return mean_loss(validation_batch(corpus, 256, length), length, {},
+                   [&](std::span<const Index> ids, int) -> const Matrix<float>& {
+                     return model.forward(weights, ids, {}, slice);
+                   });
 }
 
 /// Continues the prompt with the cache of keys and values: the prompt in one step, then one token at a time.

@@ -17,6 +17,7 @@
 #include "support/progress.hpp"
 #include "support/svg.hpp"
 #include "support/text.hpp"
+#include "support/trainer.hpp"
 
 #include <eigenblocks/attention/hwfa.hpp>
 #include <eigenblocks/core/thread_pool.hpp>

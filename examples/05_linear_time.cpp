@@ -122,8 +122,8 @@ struct Model {
   double validation = 0;
 };
 
-void train_model(Model& model, const GatedPlan& plan, const Corpus& corpus, const Batch& held_out,
-                 ExecutorRef executor) {
+void train_model(Model& model, const TrainingPlan& plan, const Corpus& corpus,
+                 const Batch& held_out, ExecutorRef executor) {
   GatedTrainer trainer({.keys = model.keys}, plan);
   const double start = seconds();
   double shown = start, running = 0;
@@ -260,7 +260,7 @@ int run(int argc, char** argv) {
        {"train", "1"},
        {"out", (here.empty() ? "." : here) + "/linear_time"}});
   arguments.parse(argc, argv);
-  GatedPlan plan;
+  TrainingPlan plan{.length = 256, .batch = 8};
   plan.steps = arguments.integer("steps", 1);
   plan.seed = arguments.integer("seed", 0);
   const bool full = !arguments.given("steps"), learn = arguments.integer("train", 0) != 0;

@@ -11,6 +11,7 @@
 // The last line is `validation_loss X`: nats per byte, over the same 256 windows of held-out text as in 01_tiny_lm.
 #include "support/arguments.hpp"
 #include "support/mamba.hpp"
+#include "support/progress.hpp"
 #include "support/text.hpp"
 
 #include <eigenblocks/attention/cache_size.hpp>
@@ -18,7 +19,6 @@
 #include <eigenblocks/core/thread_pool.hpp>
 #include <eigenblocks/nn/sampling.hpp>
 
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -29,10 +29,6 @@ namespace {
 using namespace example;
 
 constexpr double kAllowed = 1e-4;  // difference of the two modes, of the largest logit
-
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 /// Every gradient of a tiny model against differences, in double.
 bool gradients_hold() {
@@ -107,27 +103,6 @@ bool modes_agree(const Mamba<float>& model, const MambaWeights<float>& w, const 
   return holds;
 }
 
-void train_model(MambaTrainer& trainer, const Corpus& corpus, ExecutorRef executor) {
-  const MambaPlan& plan = trainer.plan();
-  const double start = seconds();
-  double shown = start, running = 0;
-  while (trainer.step() < plan.steps) {
-    const Batch batch = training_batch(corpus, static_cast<std::uint64_t>(plan.seed),
-                                       trainer.step(), plan.batch, plan.length);
-    const double loss = trainer.train(batch.ids, batch.targets, executor);
-    running = trainer.step() == 1 ? loss : 0.95 * running + 0.05 * loss;
-    if (seconds() - shown > 2.0 || trainer.step() == plan.steps) {
-      shown = seconds();
-      const double per_step = (shown - start) / static_cast<double>(trainer.step());
-      std::printf("step %5lld/%lld  loss %.3f  %.0f tokens/s  %.0f s left\n",
-                  static_cast<long long>(trainer.step()), static_cast<long long>(plan.steps),
-                  running, static_cast<double>(plan.batch * plan.length) / per_step,
-                  per_step * static_cast<double>(plan.steps - trainer.step()));
-      std::fflush(stdout);
-    }
-  }
-}
-
 /// Continues the prompt: the prompt in one step, then one token at a time.
 void write_text(const Mamba<float>& model, const MambaWeights<float>& w, const std::string& prompt,
                 Index tokens, const eb::SamplingOptions& sampling, std::uint64_t seed) {
@@ -185,7 +160,7 @@ int run(int argc, char** argv) {
        {"top-p", "0.95"}});
   arguments.parse(argc, argv);
   if (arguments.text("prompt").empty()) throw usage_error("--prompt must not be empty");
-  MambaPlan plan;
+  TrainingPlan plan;
   plan.steps = arguments.integer("steps", 1);
   plan.length = arguments.integer("length", 1);
   plan.batch = arguments.integer("batch", 1);
@@ -205,7 +180,7 @@ int run(int argc, char** argv) {
               corpus.training.size(), arguments.text("text").c_str(),
               static_cast<long long>(plan.steps), static_cast<long long>(plan.batch),
               static_cast<long long>(plan.length));
-  train_model(trainer, corpus, pool);
+  train(trainer, corpus, plan.steps, pool);
 
   // Longer than the training sequences where the text allows: the recurrence has no positions to run out of.
   const std::size_t longest = corpus.held_out.front().size();

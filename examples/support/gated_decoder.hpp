@@ -8,7 +8,7 @@
 // its own, added in order: every executor gives the same bits.
 #pragma once
 
-#include "text.hpp"
+#include "recipe.hpp"
 
 #include <eigenblocks/attention/vq.hpp>
 #include <eigenblocks/core/random.hpp>
@@ -16,12 +16,7 @@
 #include <eigenblocks/nn/embedding.hpp>
 #include <eigenblocks/nn/linear.hpp>
 #include <eigenblocks/nn/norm.hpp>
-#include <eigenblocks/optim/adamw.hpp>
-#include <eigenblocks/optim/clip.hpp>
-#include <eigenblocks/optim/muon.hpp>
-#include <eigenblocks/optim/schedule.hpp>
 
-#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -206,14 +201,9 @@ class GatedDecoder {
   GatedConfig config_;
 };
 
-struct GatedPlan {
-  Index steps = 500, length = 256, batch = 8, seed = 1;
-  double muon_lr = 0.02, adamw_lr = 2e-3;
-};
-
 class GatedTrainer {
  public:
-  GatedTrainer(const GatedConfig& config, const GatedPlan& plan) : model_(config), plan_(plan) {
+  GatedTrainer(const GatedConfig& config, const TrainingPlan& plan) : model_(config), plan_(plan) {
     weights_ = model_.initial_weights(static_cast<std::uint64_t>(plan.seed));
     sequences_.resize(static_cast<std::size_t>(plan.batch));
     if (config.keys == Keys::exact) return;
@@ -243,49 +233,21 @@ class GatedTrainer {
       add(g, sequences_[b].gradients);
       loss += sequences_[b].loss_sum;
     }
-    std::vector<eb::TensorRef<float>> all;
-    for_each_gated_parameter(g, [&](const std::string&, auto& p) { all.emplace_back(p); });
-    eb::clip_grad_norm<float>(all, {.max_norm = 1.0}, executor);
-    const double rate = schedule();
-    std::size_t i = 0;
-    for_each_gated_parameter(weights_, [&](const std::string& name, auto& p) {
-      const eb::TensorRef<float>& gradient = all[i++];
-      if constexpr (std::is_same_v<std::remove_cvref_t<decltype(p)>, Matrix<float>>) {
-        if (is_gated_matrix(name)) {
-          const Eigen::Map<const Matrix<float>> m(gradient.data(), gradient.rows(),
-                                                  gradient.cols());
-          eb::muon_step(p, m, muon_[name], {.lr = plan_.muon_lr * rate, .weight_decay = 0.1},
-                        executor);
-          return;
-        }
-      }
-      eb::adamw_step<float>(
-          p, gradient, adamw_[name],
-          {.lr = plan_.adamw_lr * rate, .beta2 = 0.95, .eps = 1e-10, .weight_decay = 0.0},
-          executor);
-    });
+    recipe_.apply(
+        plan_, weights_, g, [](auto& w, auto&& f) { for_each_gated_parameter(w, f); },
+        is_gated_matrix, executor);
     follow_keys();
-    ++step_;
     return loss * weight;
   }
 
   /// Mean loss of the targets of a batch, nats per byte.
   double loss(const Batch& batch, ExecutorRef executor) {
-    const auto length = static_cast<std::size_t>(plan_.length);
-    const auto count = static_cast<Index>(batch.ids.size() / length);
-    std::vector<GatedDecoder::Sequence> buffers(static_cast<std::size_t>(executor.workers()));
-    std::vector<double> each(static_cast<std::size_t>(count));
-    executor.run(count, [&](Index b, int worker) {
-      const std::size_t at = static_cast<std::size_t>(b) * length;
-      const Matrix<float>& logits =
-          model_.forward(weights_, codebooks_, std::span(batch.ids).subspan(at, length),
-                         buffers[static_cast<std::size_t>(worker)]);
-      each[static_cast<std::size_t>(b)] = eb::cross_entropy(
-          logits, std::span(batch.targets).subspan(at, length), {.reduction = eb::Reduction::sum});
-    });
-    double sum = 0;
-    for (const double one : each) sum += one;
-    return sum / static_cast<double>(batch.ids.size());
+    std::vector<Sequence> buffers(static_cast<std::size_t>(executor.workers()));
+    return mean_loss(batch, plan_.length, executor,
+                     [&](std::span<const Index> ids, int worker) -> const Matrix<float>& {
+                       return model_.forward(weights_, codebooks_, ids,
+                                             buffers[static_cast<std::size_t>(worker)]);
+                     });
   }
 
   /// Codes that have had keys lately, of all layers' codes.
@@ -297,22 +259,11 @@ class GatedTrainer {
     }
     return all == 0 ? 1 : live / all;
   }
-  Index step() const { return step_; }
-  const GatedPlan& plan() const { return plan_; }
+  Index step() const { return recipe_.step; }
+  const TrainingPlan& plan() const { return plan_; }
 
  private:
   using Sequence = GatedDecoder::Sequence;
-
-  /// Warm-up for 50 steps, flat to 60 %, linear to 0.
-  double schedule() const {
-    const Index warmup = std::min<Index>(50, plan_.steps / 10), flat = plan_.steps * 6 / 10;
-    return eb::lr_schedule(step_, {.kind = eb::ScheduleKind::wsd,
-                                   .peak = 1.0,
-                                   .warmup = warmup,
-                                   .total = plan_.steps,
-                                   .stable = flat - warmup,
-                                   .min_ratio = 0.0});
-  }
 
   /// The averages take in the keys of the whole batch at once.
   void follow_keys() {
@@ -339,14 +290,12 @@ class GatedTrainer {
   }
 
   const GatedDecoder model_;
-  GatedPlan plan_;
+  TrainingPlan plan_;
   GatedWeights weights_;
   std::vector<eb::VqCodebookAverage<float>> averages_;
   GatedDecoder::Codebooks codebooks_;
   std::vector<Sequence> sequences_;
-  std::map<std::string, eb::MuonState<float>> muon_;
-  std::map<std::string, eb::AdamWState<float>> adamw_;
-  Index step_ = 0;
+  Recipe<float> recipe_;
 };
 
 }  // namespace example

@@ -11,7 +11,7 @@
 // last taps - 1 inputs of the convolution and channels x states numbers of the scan.
 #pragma once
 
-#include "text.hpp"
+#include "recipe.hpp"
 
 #include <eigenblocks/core/random.hpp>
 #include <eigenblocks/loss/cross_entropy.hpp>
@@ -19,14 +19,9 @@
 #include <eigenblocks/nn/embedding.hpp>
 #include <eigenblocks/nn/linear.hpp>
 #include <eigenblocks/nn/norm.hpp>
-#include <eigenblocks/optim/adamw.hpp>
-#include <eigenblocks/optim/clip.hpp>
-#include <eigenblocks/optim/muon.hpp>
-#include <eigenblocks/optim/schedule.hpp>
 #include <eigenblocks/ssm/selective_scan.hpp>
 
 #include <cmath>
-#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -383,92 +378,44 @@ class Mamba {
   MambaConfig config_;
 };
 
-struct MambaPlan {
-  Index steps = 1000, length = 64, batch = 32, seed = 1;
-  double muon_lr = 0.02, adamw_lr = 2e-3;
-};
-
 /// Muon on the hidden matrices, AdamW on the rest: the recipe of 01_tiny_lm.
 class MambaTrainer {
  public:
-  MambaTrainer(const Mamba<float>& model, const MambaPlan& plan)
+  MambaTrainer(const Mamba<float>& model, const TrainingPlan& plan)
       : model_(model),
         plan_(plan),
         weights_(model.initial_weights(static_cast<std::uint64_t>(plan.seed))) {}
 
-  const MambaPlan& plan() const { return plan_; }
+  const TrainingPlan& plan() const { return plan_; }
   const MambaWeights<float>& weights() const { return weights_; }
-  Index step() const { return step_; }
+  Index step() const { return recipe_.step; }
 
   /// One step on packed sequences; returns the loss before it.
   double train(std::span<const Index> ids, std::span<const Index> targets, ExecutorRef executor) {
     const double loss =
         model_.train_step(weights_, ids, targets, plan_.batch, gradients_, slices_, executor);
-    std::vector<eb::TensorRef<float>> all;
-    for_each_mamba_parameter(gradients_, [&](const std::string&, auto& g) { all.emplace_back(g); });
-    eb::clip_grad_norm<float>(all, {.max_norm = 1.0}, executor);
-    const double rate = schedule();
-    std::size_t i = 0;
-    for_each_mamba_parameter(weights_, [&](const std::string& name, auto& p) {
-      update(name, p, all[i++], rate, executor);
-    });
-    ++step_;
+    recipe_.apply(
+        plan_, weights_, gradients_, [](auto& w, auto&& f) { for_each_mamba_parameter(w, f); },
+        is_mamba_matrix, executor);
     return loss;
   }
 
   /// Mean loss of a batch of sequences of `length`, nats per byte.
   double loss(const Batch& batch, Index length, ExecutorRef executor) const {
-    const auto n = static_cast<std::size_t>(length);
-    const auto count = static_cast<Index>(batch.ids.size() / n);
     Mamba<float>::Slices slices(static_cast<std::size_t>(executor.workers()));
-    std::vector<double> each(static_cast<std::size_t>(count));
-    executor.run(count, [&](Index b, int worker) {
-      const std::size_t at = static_cast<std::size_t>(b) * n;
-      const auto& logits = model_.forward(weights_, std::span(batch.ids).subspan(at, n), 1,
-                                          slices[static_cast<std::size_t>(worker)]);
-      each[static_cast<std::size_t>(b)] = eb::cross_entropy(
-          logits, std::span(batch.targets).subspan(at, n), {.reduction = eb::Reduction::sum});
-    });
-    double sum = 0;
-    for (const double one : each) sum += one;
-    return sum / static_cast<double>(batch.ids.size());
+    return mean_loss(batch, length, executor,
+                     [&](std::span<const Index> ids, int worker) -> const Matrix<float>& {
+                       return model_.forward(weights_, ids, 1,
+                                             slices[static_cast<std::size_t>(worker)]);
+                     });
   }
 
  private:
-  /// Warm-up for 50 steps, flat to 60 %, linear to 0.
-  double schedule() const {
-    const Index warmup = std::min<Index>(50, plan_.steps / 10), flat = plan_.steps * 6 / 10;
-    return eb::lr_schedule(step_, {.kind = eb::ScheduleKind::wsd,
-                                   .peak = 1.0,
-                                   .warmup = warmup,
-                                   .total = plan_.steps,
-                                   .stable = flat - warmup,
-                                   .min_ratio = 0.0});
-  }
-
-  template <class Parameter>
-  void update(const std::string& name, Parameter& p, const eb::TensorRef<float>& gradient,
-              double rate, ExecutorRef executor) {
-    if constexpr (std::is_same_v<Parameter, Matrix<float>>) {
-      if (is_mamba_matrix(name)) {
-        const Eigen::Map<const Matrix<float>> g(gradient.data(), gradient.rows(), gradient.cols());
-        eb::muon_step(p, g, muon_[name], {.lr = plan_.muon_lr * rate, .weight_decay = 0.1},
-                      executor);
-        return;
-      }
-    }
-    eb::adamw_step<float>(
-        p, gradient, adamw_[name],
-        {.lr = plan_.adamw_lr * rate, .beta2 = 0.95, .eps = 1e-10, .weight_decay = 0.0}, executor);
-  }
-
   const Mamba<float>& model_;
-  MambaPlan plan_;
+  TrainingPlan plan_;
   MambaWeights<float> weights_, gradients_;
   Mamba<float>::Slices slices_;
-  std::map<std::string, eb::MuonState<float>> muon_;
-  std::map<std::string, eb::AdamWState<float>> adamw_;
-  Index step_ = 0;
+  Recipe<float> recipe_;
 };
 
 }  // namespace example

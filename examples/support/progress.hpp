@@ -1,8 +1,7 @@
 // A training run that says how far it is.
 #pragma once
 
-#include "text.hpp"
-#include "trainer.hpp"
+#include "recipe.hpp"
 
 #include <chrono>
 #include <cstdio>
@@ -13,9 +12,9 @@ inline double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-/// Steps until `stop`, with a line every few seconds.
-template <class S, class Attention>
-void train(Trainer<S, Attention>& trainer, const Corpus& corpus, Index stop, ExecutorRef executor) {
+/// Steps of any trainer (plan, step, train) until `stop`, with a line every few seconds.
+template <class T>
+void train(T& trainer, const Corpus& corpus, Index stop, eigenblocks::ExecutorRef executor) {
   const TrainingPlan& plan = trainer.plan();
   const double start = seconds();
   const Index first = trainer.step();

@@ -2,23 +2,13 @@
 #pragma once
 
 #include "llama.hpp"
+#include "recipe.hpp"
 
 #include <eigenblocks/io/safetensors.hpp>
-#include <eigenblocks/optim/adamw.hpp>
-#include <eigenblocks/optim/clip.hpp>
-#include <eigenblocks/optim/muon.hpp>
-#include <eigenblocks/optim/schedule.hpp>
 
-#include <map>
 #include <string>
 
 namespace example {
-
-/// Numbers a checkpoint needs to go on exactly where it stopped.
-struct TrainingPlan {
-  Index steps = 1000, length = 64, batch = 32, seed = 1;
-  double muon_lr = 0.02, adamw_lr = 2e-3;
-};
 
 template <class S, class Attention = eb::Mha<S>>
 class Trainer {
@@ -29,21 +19,15 @@ class Trainer {
 
   const TrainingPlan& plan() const { return plan_; }
   const LlamaWeights<S>& weights() const { return weights_; }
-  Index step() const { return step_; }
+  Index step() const { return recipe_.step; }
 
   /// One step on packed sequences; returns the loss before it.
   double train(std::span<const Index> ids, std::span<const Index> targets, ExecutorRef executor) {
     const double loss =
         model_.train_step(weights_, ids, targets, plan_.batch, gradients_, slices_, executor);
-    std::vector<eb::TensorRef<S>> all;
-    for_each_parameter(gradients_, [&](const std::string&, auto& g) { all.emplace_back(g); });
-    eb::clip_grad_norm<S>(all, {.max_norm = 1.0}, executor);
-    const double rate = schedule();
-    std::size_t i = 0;
-    for_each_parameter(weights_, [&](const std::string& name, auto& p) {
-      update(name, p, all[i++], rate, executor);
-    });
-    ++step_;
+    recipe_.apply(
+        plan_, weights_, gradients_, [](auto& w, auto&& f) { for_each_parameter(w, f); },
+        is_hidden_matrix, executor);
     return loss;
   }
 
@@ -53,14 +37,14 @@ class Trainer {
     for_each_parameter(weights_,
                        [&](const std::string& name, const auto& p) { writer.add(name, p); });
     if (with_optimiser) {
-      for (const auto& [name, state] : muon_) writer.add("muon." + name, state.momentum);
-      for (const auto& [name, state] : adamw_)
+      for (const auto& [name, state] : recipe_.muon) writer.add("muon." + name, state.momentum);
+      for (const auto& [name, state] : recipe_.adamw)
         writer.add("adamw.m." + name, state.m).add("adamw.v." + name, state.v);
     }
     const auto put = [&](const char* key, Index value) {
       writer.metadata(key, std::to_string(value));
     };
-    put("step", step_);
+    put("step", recipe_.step);
     put("steps", plan_.steps);
     put("length", plan_.length);
     put("batch", plan_.batch);
@@ -85,11 +69,11 @@ class Trainer {
       read(file, path, name, p);
       if (!with_optimiser) return;
       if (is_hidden_matrix(name)) {
-        auto& state = muon_[name];
+        auto& state = recipe_.muon[name];
         state.momentum.resize(p.rows(), p.cols());
         read(file, path, "muon." + name, state.momentum);
       } else {
-        auto& state = adamw_[name];
+        auto& state = recipe_.adamw[name];
         const bool vector = p.cols() == 1;
         state.m.resize(vector ? 1 : p.rows(), vector ? p.rows() : p.cols());
         state.v.resize(state.m.rows(), state.m.cols());
@@ -98,37 +82,10 @@ class Trainer {
         state.step = saved_number(file, path, "step");
       }
     });
-    if (with_optimiser) step_ = saved_number(file, path, "step");
+    if (with_optimiser) recipe_.step = saved_number(file, path, "step");
   }
 
  private:
-  /// Warm-up for 50 steps, flat to 60 %, linear to 0.
-  double schedule() const {
-    const Index warmup = std::min<Index>(50, plan_.steps / 10), flat = plan_.steps * 6 / 10;
-    return eb::lr_schedule(step_, {.kind = eb::ScheduleKind::wsd,
-                                   .peak = 1.0,
-                                   .warmup = warmup,
-                                   .total = plan_.steps,
-                                   .stable = flat - warmup,
-                                   .min_ratio = 0.0});
-  }
-
-  template <class Parameter>
-  void update(const std::string& name, Parameter& p, const eb::TensorRef<S>& gradient, double rate,
-              ExecutorRef executor) {
-    if constexpr (std::is_same_v<Parameter, Matrix<S>>) {
-      if (is_hidden_matrix(name)) {
-        const Eigen::Map<const Matrix<S>> g(gradient.data(), gradient.rows(), gradient.cols());
-        eb::muon_step(p, g, muon_[name], {.lr = plan_.muon_lr * rate, .weight_decay = 0.1},
-                      executor);
-        return;
-      }
-    }
-    eb::adamw_step<S>(
-        p, gradient, adamw_[name],
-        {.lr = plan_.adamw_lr * rate, .beta2 = 0.95, .eps = 1e-10, .weight_decay = 0.0}, executor);
-  }
-
   static Index saved_number(const eb::SafetensorsFile& file, const std::string& path,
                             const std::string& key) {
     const auto found = file.metadata().find(key);
@@ -158,9 +115,7 @@ class Trainer {
   TrainingPlan plan_;
   LlamaWeights<S> weights_, gradients_;
   typename Llama<S, Attention>::Slices slices_;
-  std::map<std::string, eb::MuonState<S>> muon_;
-  std::map<std::string, eb::AdamWState<S>> adamw_;
-  Index step_ = 0;
+  Recipe<S> recipe_;
 };
 
 }  // namespace example
