@@ -59,6 +59,12 @@ inline std::string quoted_bytes(std::string_view bytes) {
   return text += '"';
 }
 
+/// Why a text has no segmentation: nothing goes on from byte `reached`.
+inline std::string no_segmentation_message(std::string_view text, std::size_t reached) {
+  return join_text("no piece of the model reaches past byte ", reached, " of the text (",
+                   quoted_bytes(text.substr(reached, 8)), "..)");
+}
+
 /// By length, then bytes: the order of ids.
 inline bool shorter_first(std::string_view a, std::string_view b) {
   return a.size() != b.size() ? a.size() < b.size() : a < b;

@@ -189,8 +189,7 @@ void lattice_backward(const UnigramWeights& weights, std::string_view text, Scal
 
 [[noreturn]] EIGENBLOCKS_COLD inline void raise_no_segmentation(std::string_view text,
                                                                 std::size_t reached) {
-  raise<data_error>("no piece of the model reaches past byte ", reached, " of the text (",
-                    quoted_bytes(text.substr(reached, 8)), "..)");
+  raise<data_error>(no_segmentation_message(text, reached));
 }
 
 /// The last position that has a segmentation before it.

@@ -71,8 +71,7 @@ class Viterbi {
   EIGENBLOCKS_COLD std::string unreachable_message(std::string_view text) const {
     std::size_t last = size_;
     while (score_[last] == -std::numeric_limits<double>::infinity()) --last;
-    return detail::join_text("no piece of the model reaches past byte ", last, " of the text (",
-                             detail::quoted_bytes(text.substr(last, 8)), "..)");
+    return detail::no_segmentation_message(text, last);
   }
 
   /// The pieces of the last run, first to last, as indices of the model.

@@ -69,16 +69,6 @@ bool near(double a, double b, double tolerance = 1e-12) {
   return std::abs(a - b) <= tolerance * std::max(1.0, std::abs(b));
 }
 
-template <class F>
-std::string message_of(F&& f) {
-  try {
-    f();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "nothing was thrown";
-}
-
 TEST_CASE("every sum is that over all segmentations") {
   const UnigramModel model = toy::dense_model(2, 4, 1);
   eb::Random random(2);
@@ -334,15 +324,15 @@ TEST_CASE("bad input") {
   for (const double alpha : {-0.5, nan, inf, -inf}) {
     CHECK_THROWS_AS(UnigramWeights(model, alpha), eb::invalid_argument);
   }
-  CHECK(message_of([&] { UnigramWeights(model, -0.5); }) ==
+  CHECK(toy::message_of([&] { UnigramWeights(model, -0.5); }) ==
         "eigenblocks: UnigramWeights: alpha (-0.5) must be finite and at least 0");
-  CHECK(message_of([&] {
+  CHECK(toy::message_of([&] {
           UnigramWeights(model, Reals{1, 2}, 1);
         }) == "eigenblocks: UnigramWeights: theta has 2 entries, expected 3 (one for each piece)");
-  CHECK(message_of([&] {
+  CHECK(toy::message_of([&] {
           UnigramWeights(model, Reals{1, nan, 2}, 1);
         }) == "eigenblocks: UnigramWeights: theta[1] (nan) must be finite");
-  CHECK(message_of([&] { UnigramWeights(model, 1e12); }) ==
+  CHECK(toy::message_of([&] { UnigramWeights(model, 1e12); }) ==
         "eigenblocks: UnigramWeights: alpha theta[0] (-6.93147181e+11) must be below 1e11 in size");
   UnigramWeights weights(model, 1);
   CHECK_THROWS_AS(weights.reset(Reals{0, 0, inf}, 2), eb::invalid_argument);
@@ -350,11 +340,11 @@ TEST_CASE("bad input") {
   CHECK(weights.theta() == model.log_probs());
 
   Lattice lattice;
-  CHECK(message_of([&] { lattice.log_partition(); }) ==
+  CHECK(toy::message_of([&] { lattice.log_partition(); }) ==
         "eigenblocks: Lattice: run() must come first");
   Reals counts(3, 7.0), small(2, 7.0);
   CHECK_THROWS_AS(lattice.run(weights, "aabbc"), eb::data_error);
-  CHECK(message_of([&] { lattice.run_counts(weights, "aabbc", 1, counts); }) ==
+  CHECK(toy::message_of([&] { lattice.run_counts(weights, "aabbc", 1, counts); }) ==
         "eigenblocks: no piece of the model reaches past byte 3 of the text (\"bc\"..)");
   CHECK(counts == Reals(3, 7.0));
   CHECK_THROWS_AS(lattice.moments(), eb::invalid_argument);
@@ -363,12 +353,12 @@ TEST_CASE("bad input") {
   CHECK_THROWS_AS(lattice.boundary(5), std::out_of_range);
   CHECK_THROWS_AS(lattice.add_expected_counts(small), eb::invalid_argument);
   LatticeGrad grad{small};
-  CHECK(message_of([&] { lattice.add_entropy_grad(1, grad); }) ==
+  CHECK(toy::message_of([&] { lattice.add_entropy_grad(1, grad); }) ==
         "eigenblocks: LatticeGrad::theta has 2 entries, expected 3 (one for each piece)");
   CHECK_THROWS_AS(lattice.run_counts(weights, "a", 1, small), eb::invalid_argument);
   CHECK(small == Reals(2, 7.0));
   const std::uint32_t a = model.find("a"), ab = model.find("ab"), c = model.find("c");
-  CHECK(message_of([&] {
+  CHECK(toy::message_of([&] {
           lattice.log_prob(Pieces{a, a, c});
         }) ==
         "eigenblocks: Lattice: piece " + std::to_string(c) + " (\"c\") is not the text at byte 2");
@@ -378,7 +368,7 @@ TEST_CASE("bad input") {
   CHECK(lattice.log_prob(Pieces{a, ab, c}) == doctest::Approx(0));
 
   const std::vector<std::string_view> texts{"a", "cx", "ab", "b"};
-  CHECK(message_of([&] { eb::lattice_expected_counts(weights, texts, {}, counts); }) ==
+  CHECK(toy::message_of([&] { eb::lattice_expected_counts(weights, texts, {}, counts); }) ==
         "eigenblocks: lattice_expected_counts: text 1: no piece of the model reaches past byte 1 "
         "(\"x\"..)");
   CHECK(counts == Reals(3, 7.0));

@@ -28,16 +28,6 @@ std::vector<Pieces> sorted(const UnigramModel& model, const std::vector<double>&
   return all;
 }
 
-template <class F>
-std::string message_of(F&& f) {
-  try {
-    f();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "nothing was thrown";
-}
-
 TEST_CASE("the k best in their order, ties by ends") {
   const UnigramModel model = toy::dense_model(2, 3, 1);
   eb::Random random(1);
@@ -122,13 +112,13 @@ TEST_CASE("empty text, bad input") {
   CHECK(nbest(model, "", 3)[0] == eb::Segmentation{});
   CHECK(nbest(model, "a", 0).empty());
   CHECK(eb::segmentation_ends(model, Pieces{}).empty());
-  CHECK(message_of([&] { nbest(model, "a", -1); }) ==
+  CHECK(toy::message_of([&] { nbest(model, "a", -1); }) ==
         "eigenblocks: nbest: k (-1) must be at least 0");
   CHECK_THROWS_AS(nbest(model, "a", -1), eb::invalid_argument);
   CHECK_THROWS_AS(nbest(model, "aba?", 1), eb::data_error);
-  CHECK(message_of([&] { nbest(model, "aba?", 1); }) ==
+  CHECK(toy::message_of([&] { nbest(model, "aba?", 1); }) ==
         "eigenblocks: no piece of the model reaches past byte 3 of the text (\"?\"..)");
-  CHECK(message_of([&] { nbest(model, std::vector<double>{1}, "a", 1); }) ==
+  CHECK(toy::message_of([&] { nbest(model, std::vector<double>{1}, "a", 1); }) ==
         "eigenblocks: nbest: theta has 1 entries, expected 2 (one for each piece)");
   const double inf = std::numeric_limits<double>::infinity();
   CHECK_THROWS_AS(nbest(model, std::vector<double>{1, -inf}, "a", 1), eb::invalid_argument);

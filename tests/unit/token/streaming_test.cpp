@@ -38,16 +38,6 @@ std::string decoded(const UnigramModel& model, const Ids& ids) {
   return text;
 }
 
-template <class F>
-std::string message_of(F&& f) {
-  try {
-    f();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "nothing was thrown";
-}
-
 std::string sample(eb::Random& random, int kind) {
   const auto length = static_cast<std::size_t>(random.below(3000));
   switch (kind % 4) {
@@ -200,14 +190,14 @@ TEST_CASE("a copy goes on by itself") {
 
 TEST_CASE("bad input") {
   const UnigramModel model = toy::model_of({{"a", 2}, {"abc", 1}, {"\n", 1}});
-  CHECK(message_of([&] { StreamingEncoder(model, {.max_window = 5}); }) ==
+  CHECK(toy::message_of([&] { StreamingEncoder(model, {.max_window = 5}); }) ==
         "eigenblocks: StreamingEncoder: max_window (5) must be 0 or at least twice the longest "
         "piece (3 bytes)");
   CHECK_THROWS_AS(StreamingEncoder(model, {.max_window = 1}), eb::invalid_argument);
   StreamingEncoder encoder(model);
   Ids ids;
   encoder.push("aa\naab", ids);
-  CHECK(message_of([&] { encoder.push("x", ids); }) ==
+  CHECK(toy::message_of([&] { encoder.push("x", ids); }) ==
         "eigenblocks: no piece of the model reaches past byte 5 of the stream");
   CHECK(decoded(model, ids) == "aa\na");
   CHECK(encoder.pending() == 0);  // as new

@@ -50,16 +50,6 @@ double chi_square_p(const Law& law, int draws, Draw&& draw) {
   return known == seen.size() ? stats::chi_square_p(observed, probability) : 0;
 }
 
-template <class F>
-std::string message_of(F&& f) {
-  try {
-    f();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "nothing was thrown";
-}
-
 TEST_CASE("the chi-square test itself") {
   CHECK(stats::gamma_q(0.5, 3.841458820694124 / 2) == doctest::Approx(0.05));
   CHECK(stats::gamma_q(5, 18.307038053275146 / 2) == doctest::Approx(0.05));
@@ -289,8 +279,9 @@ TEST_CASE("weights far apart, long texts, no allocation") {
         CHECK(toy::score(model.log_probs(), pieces) == doctest::Approx(score).epsilon(1e-12));
     }
   }
-  // Longer than what is kept: the trie is walked for draws, which are the same over the part that both have.
-  while (text.size() <= eb::LatticeSampler::kKeptBytes) text += text;
+  // A text and its second half: the draws are the same over the part that both have.
+  constexpr std::size_t kHalf = std::size_t{1} << 16;
+  while (text.size() <= kHalf) text += text;
   for (const double alpha : {0.1, 30.0}) {
     const UnigramWeights weights(model, alpha);
     const std::string_view end = std::string_view(text).substr(text.size() / 2);
@@ -304,7 +295,7 @@ TEST_CASE("weights far apart, long texts, no allocation") {
     const double log_p = sampler.draw(random, walked);
     CHECK(log_p == doctest::Approx(lattice.log_prob(walked)).epsilon(1e-12));
     // B of equal ends is equal: from the same uniform number comes the same piece.
-    REQUIRE(end.size() <= eb::LatticeSampler::kKeptBytes);
+    REQUIRE(end.size() <= kHalf);
     sampler.run(weights, end);
     sampler.draw(same, pieces);
     CHECK(eb::segmentation_ends(model, pieces).back() == end.size());
@@ -329,20 +320,20 @@ TEST_CASE("bad input") {
   eb::LatticeSampler sampler;
   eb::Random random(1);
   Pieces pieces{5};
-  CHECK(message_of([&] { sampler.draw(random, pieces); }) ==
+  CHECK(toy::message_of([&] { sampler.draw(random, pieces); }) ==
         "eigenblocks: LatticeSampler: run() must come first");
   const std::string error =
       "eigenblocks: no piece of the model reaches past byte 3 of the text (\"ba\"..)";
   for (const SamplingRule rule :
        {SamplingRule::perfect, SamplingRule::reservoir, SamplingRule::legacy}) {
-    CHECK(message_of([&] {
+    CHECK(toy::message_of([&] {
             eb::sample_segmentation(sampler, weights, "aabba", random, pieces, rule);
           }) == error);
   }
-  CHECK(message_of([&] { eb::legacy_law(weights, "aabba"); }) == error);
+  CHECK(toy::message_of([&] { eb::legacy_law(weights, "aabba"); }) == error);
   CHECK_THROWS_AS(eb::sample_without_replacement(weights, "aabba", 1, random), eb::data_error);
   CHECK_THROWS_AS(sampler.log_partition(), eb::invalid_argument);
-  CHECK(message_of([&] { eb::sample_without_replacement(weights, "a", -1, random); }) ==
+  CHECK(toy::message_of([&] { eb::sample_without_replacement(weights, "a", -1, random); }) ==
         "eigenblocks: sample_without_replacement: k (-1) must be at least 0");
   CHECK_THROWS_AS(eb::sample_from({}, 1, random), eb::invalid_argument);
   const auto one = eb::nbest(model, "a", 1);
@@ -351,10 +342,10 @@ TEST_CASE("bad input") {
       eb::sample_segmentation(sampler, weights, "a", random, pieces, static_cast<SamplingRule>(9)),
       eb::invalid_argument);
   const std::vector<std::string_view> texts{"a", "b"};
-  CHECK(message_of([&] { eb::sample_encode(weights, texts, 1); }) ==
+  CHECK(toy::message_of([&] { eb::sample_encode(weights, texts, 1); }) ==
         "eigenblocks: sample_encode: text 1: no piece of the model reaches past byte 0 (\"b\"..)");
   const UnigramModel dense = toy::dense_model(2, 3, 1);
-  CHECK(message_of([&] { eb::legacy_law(UnigramWeights(dense, 1), "abb", 5); }) ==
+  CHECK(toy::message_of([&] { eb::legacy_law(UnigramWeights(dense, 1), "abb", 5); }) ==
         "eigenblocks: legacy_law: 6 combinations of decisions, the limit is 5");
   CHECK(eb::legacy_law(UnigramWeights(dense, 1), "abb", 6).size() == 4);
   CHECK(pieces == Pieces{5});

@@ -4,6 +4,7 @@
 #include <eigenblocks/core/random.hpp>
 #include <eigenblocks/token/unigram_model.hpp>
 
+#include <exception>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -13,6 +14,17 @@ namespace toy {
 
 namespace eb = eigenblocks;
 using Pieces = std::vector<std::uint32_t>;
+
+/// What f throws.
+template <class F>
+std::string message_of(F&& f) {
+  try {
+    f();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "nothing was thrown";
+}
 
 /// Counts by pieces; the name says which from_counts a braced list is for.
 inline eb::UnigramModel model_of(const std::vector<std::pair<std::string, double>>& counts) {
