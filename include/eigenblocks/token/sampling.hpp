@@ -69,17 +69,11 @@ double gumbel(G& random) {
 
 class LatticeSampler {
  public:
-  /// For texts of up to so many bytes the edges are kept (16 bytes each), so that draws walk no trie; the draws are the same.
-  static constexpr std::size_t kKeptBytes = std::size_t{1} << 16;
-
   /// Prepares draws; log Z.  `weights` and the text must outlive them.
   double run(const UnigramWeights& weights, std::string_view text) {
     weights_ = nullptr;
     backward_.resize(std::max(backward_.size(), text.size() + 1));
-    kept_ = text.size() <= kKeptBytes;
-    if (kept_) {
-      weights.deep() ? backward_kept<true>(weights, text) : backward_kept<false>(weights, text);
-    } else if (weights.deep()) {
+    if (weights.deep()) {
       detail::lattice_backward<true, false>(weights, text, backward_.data());
     } else {
       detail::lattice_backward<false, false>(weights, text, backward_.data());
@@ -106,7 +100,7 @@ class LatticeSampler {
     double score = 0;
     for (std::size_t s = 0; s < text_.size();) {
       const double u = detail::uniform53(random);
-      const Edge edge = kept_ ? choose_kept(s, u) : choose(s, u);
+      const Edge edge = choose(s, u);
       pieces.push_back(edge.piece);
       score += theta[edge.piece];
       s += edge.length;
@@ -132,58 +126,10 @@ class LatticeSampler {
 
  private:
   struct Edge {
-    double x;  // w B[e], with the exponent of B[s]
     std::uint32_t piece, length;
   };
 
-  /// lattice_backward, and the edges with a weight: those from s are [offset_[s + 1], offset_[s]).
-  template <bool kDeep>
-  void backward_kept(const UnigramWeights& weights, std::string_view text) {
-    const double* const w = weights.mantissa();
-    const std::int32_t* const exponent = weights.exponent();
-    const std::size_t n = text.size();
-    offset_.resize(std::max(offset_.size(), n + 1));
-    offset_[n] = 0;
-    edges_.clear();
-    backward_[n] = {1, 0};
-    for (std::size_t s = n; s-- > 0;) {
-      detail::Scaled sum{0, backward_[s + 1].k};
-      bool same = true;
-      exponents_.clear();
-      weights.model().trie().walk(
-          text.substr(s), [&](std::size_t length, std::uint32_t p) EIGENBLOCKS_INLINE_LAMBDA {
-            const detail::Scaled& after = backward_[s + length];
-            const double x = w[p] * after.m;
-            const std::int64_t k = kDeep ? after.k + exponent[p] : after.k;
-            if (x == 0) return;
-            detail::add_scaled(sum, x, k);
-            same = same && k == backward_[s + 1].k;
-            edges_.push_back({x, p, static_cast<std::uint32_t>(length)});
-            exponents_.push_back(k);
-          });
-      detail::normalise(sum);
-      backward_[s] = sum;
-      if (!same || sum.k != backward_[s + 1].k) {
-        for (std::size_t i = 0; i < exponents_.size(); ++i) {
-          Edge& edge = edges_[offset_[s + 1] + i];
-          edge.x = detail::scale_by(edge.x, exponents_[i] - sum.k);
-        }
-      }
-      offset_[s] = edges_.size();
-    }
-  }
-
-  /// The edge at which the running sum of w B passes u times its total.
-  Edge choose_kept(std::size_t s, double u) const {
-    const double target = u * backward_[s].m;
-    const Edge* edge = edges_.data() + offset_[s + 1];
-    const Edge* const last = edges_.data() + offset_[s] - 1;
-    double sum = edge->x;
-    while (sum <= target && edge < last) sum += (++edge)->x;
-    while (edge->x == 0) --edge;  // where rounding keeps the sum below, the last one with a weight
-    return *edge;
-  }
-  /// The same from the trie.
+  /// The edge from s at which the running sum of w B passes u times its total.
   Edge choose(std::size_t s, double u) const {
     const ByteTrie::Unit* const units = weights_->model().trie().units();
     const double* const w = weights_->mantissa();
@@ -203,7 +149,7 @@ class LatticeSampler {
       const detail::Scaled& b = backward_[e];
       const double x = detail::scale_by(w[p] * b.m, b.k + exponent[p] - total.k);
       if (x == 0) continue;
-      last = {x, p, static_cast<std::uint32_t>(e - s)};
+      last = {p, static_cast<std::uint32_t>(e - s)};
       sum += x;
       if (sum > target) break;
     }
@@ -217,10 +163,6 @@ class LatticeSampler {
   const UnigramWeights* weights_ = nullptr;
   std::string_view text_;
   std::vector<detail::Scaled> backward_;
-  std::vector<Edge> edges_;
-  std::vector<std::size_t> offset_;
-  std::vector<std::int64_t> exponents_;
-  bool kept_ = false;
   double log_partition_ = 0;
 };
 
